@@ -1,0 +1,47 @@
+"""Parameter counts in closed form: from the spec alone, instantly, without torch.
+
+- *total*: every stored number once, however often its layer runs.
+- *active per token*: what one token's forward pass reads, once: one embedding row, the layers with only the chosen
+  experts, the head.
+- *unrolled per token*: the same with every layer counted as often as it runs.
+"""
+
+from dataclasses import asdict, dataclass
+
+from moeut_compose.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Numbers of parameters; `layers` holds the stages without embedding, final norm and head."""
+
+    name: str
+    total: int
+    embedding: int
+    head: int
+    layers: int
+    active_per_token: int
+    unrolled_per_token: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+def count_params(spec: ModelSpec) -> ParamCount:
+    """Count the parameters of `spec` without building it."""
+    d_model = spec.d_model
+    outside = d_model + spec.final_norm_params() + spec.vocab_size * d_model + (spec.vocab_size if spec.head.bias else 0)
+    halting = sum(stage.halting.num_params(d_model) for stage in spec.stages)
+    halting_unrolled = sum((stage.repeats - 1) * stage.halting.num_params(d_model) for stage in spec.stages)
+    members = list(spec.members())
+    active = sum(member.active_params(d_model) for member in members)
+    unrolled = sum(member.applications * member.active_params(d_model) for member in members)
+    return ParamCount(
+        name=spec.name,
+        total=spec.num_params(),
+        embedding=spec.embedding_params(),
+        head=spec.head_params(),
+        layers=spec.layer_params(),
+        active_per_token=outside + halting + active,
+        unrolled_per_token=outside + halting_unrolled + unrolled,
+    )

@@ -1,0 +1,1 @@
+"""Architectures and recipes as data: Pydantic and YAML, never torch."""

@@ -1,0 +1,28 @@
+"""The root of every spec: frozen, strict data that knows no tensors.
+
+A spec says what something *is*. Operations on it are pure arithmetic (validation, counting); building a module from
+it is the business of `moeut_compose.build`, the only file that knows both sides.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Spec(BaseModel):
+    """Frozen and strict: unknown keys, wrong types and impossible combinations are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+Count = Annotated[int, Field(gt=0)]
+"""A positive integer."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A number between 0 and 1, both included."""
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+"""A non-negative, finite coefficient."""
+
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+"""A positive, finite number."""

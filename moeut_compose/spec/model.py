@@ -1,0 +1,115 @@
+"""The architecture: what a model is, before anything is built."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from moeut_compose.spec.base import Count, Spec
+from moeut_compose.spec.norms import LayerNormSpec, NormSpec
+from moeut_compose.spec.positions import PositionSpec, RopeSpec
+from moeut_compose.spec.stages import LayerSpec, StageSpec
+
+
+class EmbeddingSpec(Spec):
+    """Token embedding, drawn from N(0, 1/d_model)."""
+
+    scale: Literal[1, "sqrt_d_model"] = 1
+    """Factor on the embedded tokens."""
+    norm: Literal["none", "layer_norm"] = "none"
+    """Normalise the scaled embedding; this norm has no parameters."""
+
+
+class HeadSpec(Spec):
+    """The map from the last hidden state to vocabulary logits."""
+
+    bias: bool = True
+    tied: bool = False
+    """Use the embedding matrix as the weight."""
+
+
+class Member(NamedTuple):
+    """A layer with weights of its own, its place, and the settings it inherits from the model."""
+
+    path: str
+    stage: int
+    index: int
+    layer: LayerSpec
+    norm: NormSpec
+    position: PositionSpec
+    applications: int
+
+    def num_params(self, d_model: int) -> int:
+        norms = 2 * self.norm.num_params(d_model)
+        return norms + self.layer.mixer.num_params(d_model, self.position) + self.layer.feedforward.num_params(d_model)
+
+    def active_params(self, d_model: int) -> int:
+        norms = 2 * self.norm.num_params(d_model)
+        mixer = self.layer.mixer.active_params(d_model, self.position)
+        return norms + mixer + self.layer.feedforward.active_params(d_model)
+
+
+class ModelSpec(Spec):
+    """A language model: embedding, stages of shared layers, final norm, head."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    vocab_size: Count
+    context_length: Count
+    d_model: Count
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    norm: NormSpec = LayerNormSpec(placement="pre")
+    position: PositionSpec = RopeSpec()
+    stages: Annotated[list[StageSpec], Field(min_length=1)]
+    final_norm: bool = True
+    """A norm before the head; the published post-norm models have none."""
+    head: HeadSpec = HeadSpec()
+
+    @model_validator(mode="after")
+    def _peri_has_a_router(self) -> Self:
+        for member in self.members():
+            if member.norm.placement == "peri" and not member.layer.feedforward.has_router:
+                raise ValueError(
+                    f"{member.path}: placement peri normalises what routers and attention scores read, and a "
+                    f"{member.layer.feedforward.kind} feedforward has no router; give this layer a norm with "
+                    "placement pre or post"
+                )
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Layer applications in one forward pass."""
+        return sum(stage.depth for stage in self.stages)
+
+    def members(self) -> Iterator[Member]:
+        """Every layer with weights of its own, once."""
+        for stage_index, stage in enumerate(self.stages):
+            for index, layer in enumerate(stage.members()):
+                yield Member(
+                    path=f"stages.{stage_index}.layers.{index}",
+                    stage=stage_index,
+                    index=index,
+                    layer=layer,
+                    norm=layer.norm or self.norm,
+                    position=layer.mixer.position or self.position,
+                    applications=stage.repeats,
+                )
+
+    def embedding_params(self) -> int:
+        return self.vocab_size * self.d_model
+
+    def head_params(self) -> int:
+        weight = 0 if self.head.tied else self.vocab_size * self.d_model
+        return weight + (self.vocab_size if self.head.bias else 0)
+
+    def final_norm_params(self) -> int:
+        return self.norm.num_params(self.d_model) if self.final_norm else 0
+
+    def layer_params(self) -> int:
+        """Parameters of all stages, each shared layer once."""
+        halting = sum(stage.halting.num_params(self.d_model) for stage in self.stages)
+        return halting + sum(member.num_params(self.d_model) for member in self.members())
+
+    def num_params(self) -> int:
+        return self.embedding_params() + self.layer_params() + self.final_norm_params() + self.head_params()

@@ -1,0 +1,80 @@
+"""Stages: groups of layers that run several times, and the schedule that says in which order.
+
+Parameters belong to members (layers with weights of their own); caches and depth-dependent scales belong to steps.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from moeut_compose.spec.base import Count, Spec
+from moeut_compose.spec.feedforwards import FeedForwardSpec
+from moeut_compose.spec.halting import HaltingSpec, NoHaltingSpec
+from moeut_compose.spec.mixers import MixerSpec
+from moeut_compose.spec.norms import NormSpec
+
+Pattern = Literal["ABAB", "AABB"]
+
+
+class LayerSpec(Spec):
+    """A mixer and a feedforward; `count` members of this shape, each with weights of its own."""
+
+    count: Count = 1
+    mixer: MixerSpec
+    feedforward: FeedForwardSpec
+    norm: NormSpec | None = None
+    """Overrides the model's norm."""
+
+
+class StageSpec(Spec):
+    """A group of layers that runs `repeats` times."""
+
+    pattern: Pattern = "ABAB"
+    """ABAB cycles through the members; AABB repeats each member in place."""
+    repeats: Count = 1
+    """Passes over the group; depth = repeats x number of members."""
+    layers: Annotated[list[LayerSpec], Field(min_length=1)]
+    halting: HaltingSpec = NoHaltingSpec()
+
+    @model_validator(mode="after")
+    def _halting_fits(self) -> Self:
+        if self.halting.kind != "none" and self.pattern == "AABB" and self.n_members > 1:
+            raise ValueError("halting counts passes over the group, which pattern AABB does not make; use ABAB")
+        return self
+
+    @property
+    def n_members(self) -> int:
+        return sum(layer.count for layer in self.layers)
+
+    @property
+    def depth(self) -> int:
+        return self.repeats * self.n_members
+
+    def members(self) -> list[LayerSpec]:
+        """One entry for every set of weights, in the order of the group."""
+        return [layer for layer in self.layers for _ in range(layer.count)]
+
+
+class Step(NamedTuple):
+    """One call of one layer."""
+
+    stage: int
+    member: int
+    repeat: int
+
+
+def stage_schedule(n_members: int, repeats: int, pattern: Pattern) -> list[tuple[int, int]]:
+    """The `(member, repeat)` pairs of a stage in the order in which they run."""
+    if pattern == "ABAB":
+        return [(member, repeat) for repeat in range(repeats) for member in range(n_members)]
+    return [(member, repeat) for member in range(n_members) for repeat in range(repeats)]
+
+
+def schedule(stages: Sequence[StageSpec]) -> list[Step]:
+    """Every layer call of a forward pass, in order."""
+    return [
+        Step(index, member, repeat)
+        for index, stage in enumerate(stages)
+        for member, repeat in stage_schedule(stage.n_members, stage.repeats, stage.pattern)
+    ]
