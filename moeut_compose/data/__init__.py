@@ -1,0 +1,1 @@
+"""Text into tokens: sources, the tokenizer, token files, and the order in which training reads them."""

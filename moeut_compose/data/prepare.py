@@ -1,0 +1,86 @@
+"""From a recipe to tokens on disk: the tokenizer, the training text and the held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moeut_compose.data.errors import DataError
+from moeut_compose.data.sources import open_source
+from moeut_compose.data.tokenizer import prepare_tokenizer
+from moeut_compose.data.tokens import TokenFile, prepare_tokens
+
+if TYPE_CHECKING:
+    from moeut_compose.data.tokenizer import Tokenizer
+    from moeut_compose.progress import Reporter
+    from moeut_compose.spec.recipe import DataSpec, RecipeSpec
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that training reads."""
+
+    tokenizer: Tokenizer
+    train: TokenFile
+    validation: TokenFile
+
+
+def prepare_data(
+    recipe: RecipeSpec,
+    *,
+    vocab_size: int,
+    context: int,
+    tokenizer: Tokenizer | None = None,
+    reporter: Reporter | None = None,
+) -> PreparedData:
+    """Tokenise what a recipe names, or find it in the cache. Raises `DataError`.
+
+    `tokenizer` replaces the recipe's, so that a resumed run keeps the one it began with.
+    """
+    data = recipe.data
+    source = open_source(data)
+    if tokenizer is None:
+        tokenizer = prepare_tokenizer(
+            recipe.tokenizer, source, vocab_size=vocab_size, separator=data.separator, reporter=reporter
+        )
+    train = prepare_tokens(
+        source, "train", tokenizer, separator=data.separator, max_tokens=data.max_tokens, reporter=reporter
+    )
+    check_length(train, context, recipe)
+    validation = prepare_validation(
+        data, tokenizer, context=context, windows=recipe.evaluation.windows, reporter=reporter
+    )
+    return PreparedData(tokenizer, train, validation)
+
+
+def prepare_validation(
+    data: DataSpec,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    windows: int | None,
+    reporter: Reporter | None = None,
+) -> TokenFile:
+    """Tokenise the held-out text; of a remote source only the `windows` that are asked for."""
+    source = open_source(data)
+    enough = windows * context + 1 if source.is_remote and windows is not None else None
+    tokens = prepare_tokens(
+        source, "validation", tokenizer, separator=data.separator, max_tokens=enough, reporter=reporter
+    )
+    if tokens.n_windows(context) == 0:
+        raise DataError(
+            f"the held-out text has {tokens.index.n_tokens:,} tokens, less than one window of {context}; "
+            "raise data.validation_fraction, name data.validation_files, or shorten the context"
+        )
+    return tokens
+
+
+def check_length(train: TokenFile, context: int, recipe: RecipeSpec) -> None:
+    """Refuse text that cannot fill one batch. Raises `DataError`."""
+    available = train.n_windows(context)
+    needed = recipe.batch.size if recipe.order == "streams" else 1
+    if available < needed:
+        raise DataError(
+            f"the training text has {train.index.n_tokens:,} tokens, {available} windows of {context}, but order: "
+            f"{recipe.order} needs {needed}; use more text, a shorter context, a smaller batch or order: shuffled"
+        )

@@ -1,0 +1,195 @@
+"""Tokenised text on disk: written once, in constant memory, and mapped into memory afterwards.
+
+A token file is a folder with `tokens.bin` (ids, little endian) and `index.json`. It is written beside its final place and
+renamed when complete, so one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeut_compose.data.errors import DataError
+from moeut_compose.data.files import fsync_directory
+from moeut_compose.data.location import cache_folder
+from moeut_compose.data.tokenizer import with_separator
+from moeut_compose.progress import SilentReporter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from moeut_compose.data.sources import Part, Source
+    from moeut_compose.data.tokenizer import Tokenizer
+    from moeut_compose.progress import Reporter
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """What lies in a token file."""
+
+    n_tokens: int
+    n_documents: int
+    n_bytes: int
+    """UTF-8 bytes of the text behind the tokens, separators included."""
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids of a text, mapped into memory."""
+
+    ids: np.ndarray
+    index: TokenIndex
+
+    def n_windows(self, context: int) -> int:
+        """Windows of `context` inputs and as many targets; neighbours share one token."""
+        return max(0, (self.index.n_tokens - 1) // context)
+
+    def windows(self, indices: Iterable[int], context: int) -> np.ndarray:
+        """Windows by number: `[n, context + 1]` int64, inputs `[:, :-1]` and targets `[:, 1:]`."""
+        rows = [self.ids[index * context : index * context + context + 1] for index in indices]
+        return np.stack(rows).astype(np.int64)
+
+
+def open_tokens(folder: Path) -> TokenFile:
+    """Map a token file. Raises `DataError` if it is not whole."""
+    try:
+        index = TokenIndex(**json.loads((folder / "index.json").read_text()))
+        size = (folder / "tokens.bin").stat().st_size
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder} is not a token file: {error}") from error
+    if size != index.n_tokens * np.dtype(index.dtype).itemsize:
+        raise DataError(f"{folder}/tokens.bin has {size} bytes, but its index says {index.n_tokens} tokens")
+    if index.n_tokens == 0:
+        return TokenFile(np.empty(0, dtype=index.dtype), index)
+    return TokenFile(np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r"), index)
+
+
+def prepare_tokens(
+    source: Source,
+    part: Part,
+    tokenizer: Tokenizer,
+    *,
+    separator: str,
+    max_tokens: int | None = None,
+    reporter: Reporter | None = None,
+) -> TokenFile:
+    """The tokens of one part of a source, from the cache if they were made before.
+
+    The cache is keyed by the content of the text, the tokenizer and the options.
+    """
+    parts = [source.fingerprint(part), tokenizer.fingerprint, separator, max_tokens]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    folder = cache_folder("tokens") / key
+    if not folder.is_dir():
+        texts = with_separator(source.documents(part), separator)
+        write_tokens(
+            folder,
+            texts,
+            tokenizer,
+            title=f"tokenising {part} text",
+            max_tokens=max_tokens,
+            reporter=reporter,
+        )
+    try:
+        return open_tokens(folder)
+    except DataError as error:
+        raise DataError(f"{error}; delete that folder to make it again") from error
+
+
+def write_tokens(
+    folder: Path,
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    title: str = "tokenising",
+    max_tokens: int | None = None,
+    reporter: Reporter | None = None,
+) -> None:
+    """Tokenise documents into a new token file at `folder`, stopping after `max_tokens` ids."""
+    reporter = reporter or SilentReporter()
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+    n_tokens = n_documents = n_bytes = 0
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        with (temporary / "tokens.bin").open("wb") as file, reporter.task(title, total=max_tokens) as task:
+            for chunk in chunks(texts, _CHUNK_BYTES):
+                for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+                    kept = ids if max_tokens is None else ids[: max_tokens - n_tokens]
+                    np.asarray(kept, dtype=dtype).tofile(file)
+                    n_tokens += len(kept)
+                    n_documents += 1
+                    n_bytes += round(len(text.encode("utf-8", "replace")) * len(kept) / max(1, len(ids)))
+                    task.advance(len(kept))
+                    if n_tokens == max_tokens:
+                        break
+                if n_tokens == max_tokens:
+                    break
+            file.flush()
+            os.fsync(file.fileno())
+        index = TokenIndex(n_tokens=n_tokens, n_documents=n_documents, n_bytes=n_bytes, dtype=dtype.str)
+        _publish(temporary, folder, index)
+    except OSError as error:
+        raise DataError(f"cannot write tokens to {folder.parent}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path, index: TokenIndex) -> None:
+    with (temporary / "index.json").open("w") as file:
+        json.dump(asdict(index), file)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_directory(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was faster, with the same content
+            raise
+    fsync_directory(folder.parent)
+
+
+def save_head(tokens: TokenFile, folder: Path, n_tokens: int | None) -> None:
+    """Copy the first `n_tokens` ids of a token file into a new one, with a proportional share of its byte count."""
+    count = tokens.index.n_tokens if n_tokens is None else min(n_tokens, tokens.index.n_tokens)
+    share = count / max(1, tokens.index.n_tokens)
+    index = TokenIndex(
+        n_tokens=count,
+        n_documents=round(tokens.index.n_documents * share),
+        n_bytes=round(tokens.index.n_bytes * share),
+        dtype=tokens.index.dtype,
+    )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        with (temporary / "tokens.bin").open("wb") as file:
+            tokens.ids[:count].tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, folder, index)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def chunks(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:
+    """Consecutive texts in lists of about `max_bytes` characters, never splitting one."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= max_bytes:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
