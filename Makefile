@@ -1,0 +1,62 @@
+# make train   set up a virtual environment and train the quickstart model
+# make test    all tests
+# make check   format, lint, types, import contracts, fast tests
+#
+# Each installs what it needs once, and again when pyproject.toml or constraints.txt change.
+# Extra arguments: make train ARGS="recipe.steps=500", make test ARGS="-k yaml". Another Python: make test PYTHON=python3.13
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := pyproject.toml constraints.txt hatch_build.py
+ARGS ?=
+
+.PHONY: help install train test check format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moeut-compose needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install --quiet --constraint constraints.txt --group test
+	@touch $@
+
+$(VENV)/installed-lint: $(VENV)/installed-test
+	$(PIP) install --quiet --constraint constraints.txt --group lint
+	@touch $@
+
+install: $(VENV)/installed
+
+train: $(VENV)/installed
+	$(BIN)/moeut-compose train moeut_tiny --recipe quickstart $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
