@@ -1,0 +1,41 @@
+"""Causal attention over queries, keys and values that are already projected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.roles import Position
+
+
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """`[B, T, H * d_head]` to `[B, H, T, d_head]`."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def remember(key: Tensor, value: Tensor, past: Memory | None) -> Memory:
+    """Append keys and values `[B, H, T, d_head]` to the memory of earlier positions."""
+    if past is None:
+        return key, value
+    return torch.cat((past[0], key), dim=-2), torch.cat((past[1], value), dim=-2)
+
+
+def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> Tensor:
+    """Softmax attention, scale 1/sqrt(d_head).
+
+    `query [B, H, T, d_head]` stands at positions `start, start + 1, ...` and sees everything up to itself in `memory`.
+    """
+    key, value = memory
+    length, n_keys = query.shape[-2], key.shape[-2]
+    bias = position.bias(query, start, n_keys)
+    if bias is None and length == n_keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if bias is None and length == 1:
+        return F.scaled_dot_product_attention(query, key, value)
+    rows = torch.arange(start, start + length, device=query.device)
+    visible = torch.arange(n_keys, device=query.device) <= rows[:, None]
+    if bias is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.masked_fill(~visible, float("-inf")))

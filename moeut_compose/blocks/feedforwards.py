@@ -1,0 +1,119 @@
+"""Feedforwards: dense, and experts behind a router."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import moeut_kernels as mk
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_
+from moeut_compose.blocks.roles import FeedForward, Router
+from moeut_compose.blocks.stats import Stats, under
+
+Activation = Literal["relu", "gelu", "silu", "swiglu"]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation; `swiglu` takes `[..., 2F]` (gate half first) to `[..., F]`."""
+    match activation:
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "silu":
+            return F.silu(x)
+        case "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return F.silu(gate) * value
+
+
+def up_width(width: int, activation: Activation) -> int:
+    """Columns of the up projection: a gated activation needs two for every hidden channel."""
+    return 2 * width if activation == "swiglu" else width
+
+
+class DenseFeedForward(FeedForward):
+    """Two linear maps with an activation between them."""
+
+    def __init__(self, d_model: int, *, d_ff: int, activation: Activation, bias: bool) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up = nn.Linear(d_model, up_width(d_ff, activation), bias=bias)
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+
+    def reset_parameters(self, *, scale: float) -> None:
+        for linear in (self.up, self.down):
+            truncated_normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+        return self.down(activate(self.up(data), self.activation)), {}
+
+
+class ExpertFeedForward(FeedForward):
+    """The gated sum over each token's chosen experts, plus experts that every token uses.
+
+    `up [E, D, F]` and `down [E, F, D]`; biases, where there are any, are gated with their expert. The weight of
+    `shared` experts is one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_expert: int,
+        router: Router,
+        activation: Activation,
+        bias: bool,
+        n_shared: int = 0,
+        uniform_fan_in: bool = False,
+    ) -> None:
+        super().__init__()
+        n_experts, width = router.n_experts, up_width(d_expert, activation)
+        self.activation: Activation = activation
+        self.uniform_fan_in = uniform_fan_in
+        self.router = router
+        self.up = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.down = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
+        self.up_bias = nn.Parameter(torch.empty(n_experts, width)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(n_experts, d_model)) if bias else None
+        self.shared = (
+            DenseFeedForward(d_model, d_ff=n_shared * d_expert, activation=activation, bias=bias) if n_shared else None
+        )
+
+    def reset_parameters(self, *, scale: float) -> None:
+        n_experts, d_expert, d_model = self.down.shape
+        if self.uniform_fan_in:
+            uniform_(self.up, bound=1.0 / d_model)
+            uniform_(self.down, bound=1.0 / d_expert)
+        else:
+            normal_(self.up, std=scale / math.sqrt(d_model))
+            normal_(self.down, std=scale / math.sqrt(n_experts * d_expert))
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                uniform_(bias, bound=1.0 / math.sqrt(bias.shape[1]))
+        self.router.reset_parameters(scale=scale)
+        if self.shared is not None:
+            self.shared.reset_parameters(scale=scale)
+
+    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+        routing = self.router(select, alive)
+        plan = mk.plan(routing.index.flatten(0, 1), self.router.n_experts)
+        output = mk.expert_feedforward(
+            data.flatten(0, 1),
+            self.up,
+            self.down,
+            plan,
+            routing.gate.flatten(0, 1),
+            activation=self.activation,
+            b_up=self.up_bias,
+            b_down=self.down_bias,
+        ).view(*data.shape[:-1], -1)
+        if self.shared is not None:
+            output = output + self.shared(data, select, alive=alive)[0]
+        return output, under("router", routing.stats)

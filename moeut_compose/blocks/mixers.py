@@ -1,0 +1,177 @@
+"""Sequence mixers: dense attention, SwitchHead, mixture of attention."""
+
+from __future__ import annotations
+
+import math
+
+import moeut_kernels as mk
+import torch
+from torch import Tensor, nn
+
+from moeut_compose.blocks.attention import attend, remember, split_heads
+from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_, xavier_uniform_
+from moeut_compose.blocks.roles import Mixed, Mixer, Position, Router, Routing
+from moeut_compose.blocks.stats import Stats, under
+
+
+class Attention(Mixer):
+    """Softmax attention with dense projections and no biases."""
+
+    def __init__(self, d_model: int, *, n_heads: int, d_head: int, position: Position) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.key = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.value = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.output = nn.Linear(n_heads * d_head, d_model, bias=False)
+        self.position = position
+
+    def reset_parameters(self, *, scale: float) -> None:
+        for linear in (self.query, self.output):
+            truncated_normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+        rows = self.key.weight.shape[0]
+        joint = torch.cat((self.key.weight, self.value.weight))
+        truncated_normal_(joint, std=scale / math.sqrt(self.key.in_features))
+        with torch.no_grad():
+            self.key.weight.copy_(joint[:rows])
+            self.value.weight.copy_(joint[rows:])
+        self.position.reset_parameters()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+    ) -> Mixed:
+        q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
+        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
+        v = split_heads(self.value(value), self.n_heads)
+        memory = remember(k, v, past)
+        mixed = attend(q, memory, position=self.position, start=start)
+        return Mixed(self.output(mixed.transpose(1, 2).flatten(2)), {}, memory)
+
+
+class SwitchHead(Mixer):
+    """Attention whose value and output projections are experts, chosen per head (arXiv:2312.07987).
+
+    Expert tensors are indexed `head * n_experts + expert`. The value gate belongs to the source token, the output gate
+    to the destination token; neither is normalised.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int,
+        d_head: int,
+        value_router: Router | None,
+        output_router: Router,
+        position: Position,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.n_experts = output_router.n_experts
+        self.query = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.key = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.value = nn.Parameter(torch.empty(n_heads * self.n_experts, d_model, d_head))
+        self.output = nn.Parameter(torch.empty(n_heads * self.n_experts, d_head, d_model))
+        self.value_router = value_router
+        self.output_router = output_router
+        self.position = position
+
+    def reset_parameters(self, *, scale: float) -> None:
+        d_model, d_head = self.value.shape[1:]
+        for weight in (self.query.weight, self.key.weight, self.value):
+            normal_(weight, std=scale / math.sqrt(d_model))
+        normal_(self.output, std=scale / math.sqrt(self.n_heads * d_head))
+        if self.value_router is not None:
+            self.value_router.reset_parameters(scale=scale)
+        self.output_router.reset_parameters(scale=scale)
+        self.position.reset_parameters()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+    ) -> Mixed:
+        q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
+        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
+        v, stats = self._values(key, value, alive)
+        memory = remember(k, v, past)
+        mixed = attend(q, memory, position=self.position, start=start)
+        output, output_stats = self._outputs(query, mixed, alive)
+        return Mixed(output, stats | output_stats, memory)
+
+    def _plan(self, routing: Routing) -> tuple[mk.Plan, Tensor]:
+        """Kernel plan and gates `[N, H, K]` of a choice per head."""
+        offset = torch.arange(self.n_heads, device=routing.index.device)[:, None] * self.n_experts
+        plan = mk.plan((routing.index + offset).flatten(0, 1), self.n_heads * self.n_experts)
+        return plan, routing.gate.flatten(0, 1)
+
+    def _values(self, key: Tensor, value: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+        """Values `[B, H, T, d_head]`."""
+        batch, length, _ = value.shape
+        if self.value_router is None:
+            return torch.einsum("btd,hdf->bhtf", value, self.value), {}
+        routing = self.value_router(key, alive)
+        stats = under("value_router", routing.stats)
+        if self.n_experts == 1:
+            v = torch.einsum("btd,hdf->bhtf", value, self.value)
+            return v * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(v.dtype), stats
+        plan, gate = self._plan(routing)
+        v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate)
+        return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
+
+    def _outputs(self, query: Tensor, mixed: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+        """Outputs `[B, T, D]` of attended values `[B, H, T, d_head]`."""
+        batch, _, length, _ = mixed.shape
+        routing = self.output_router(query, alive)
+        stats = under("output_router", routing.stats)
+        if self.n_experts == 1:
+            gated = mixed * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(mixed.dtype)
+            return torch.einsum("bhtf,hfd->btd", gated, self.output), stats
+        plan, gate = self._plan(routing)
+        output = mk.expert_merge(mixed.transpose(1, 2).flatten(0, 1), self.output, plan, gate)
+        return output.view(batch, length, -1), stats
+
+
+class MixtureOfAttention(Mixer):
+    """Experts with own query and output projections over shared keys and values (SUT, arXiv:2310.07096).
+
+    An expert is a bundle of H heads. Each token's K chosen experts attend separately; their outputs are weighed by the
+    gates and added.
+    """
+
+    def __init__(self, d_model: int, *, d_expert: int, d_head: int, router: Router, position: Position) -> None:
+        super().__init__()
+        self.n_heads = d_expert // d_head
+        self.query = nn.Parameter(torch.empty(router.n_experts, d_model, d_expert))
+        self.output = nn.Parameter(torch.empty(router.n_experts, d_expert, d_model))
+        self.key = nn.Linear(d_model, d_expert, bias=False)
+        self.value = nn.Linear(d_model, d_expert, bias=False)
+        self.router = router
+        self.position = position
+
+    def reset_parameters(self, *, scale: float) -> None:
+        uniform_(self.query, bound=1.0 / self.query.shape[1])
+        uniform_(self.output, bound=1.0 / self.output.shape[1])
+        for linear in (self.key, self.value):
+            xavier_uniform_(linear.weight, gain=1.0 / math.sqrt(2.0))
+        self.router.reset_parameters(scale=scale)
+        self.position.reset_parameters()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+    ) -> Mixed:
+        batch, length, d_model = query.shape
+        routing = self.router(query, alive)
+        chosen = routing.index.shape[-1]
+        # every chosen expert is a group of its own: its query stands alone, its output is merged with its gate
+        index, gate = (part.reshape(batch * length, chosen, 1) for part in (routing.index, routing.gate))
+        plan = mk.plan(index, self.router.n_experts)
+        queries = mk.expert_split(query.flatten(0, 1), self.query, plan, None)
+        q = queries.view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
+        q = self.position.rotate(q, start)
+        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
+        memory = remember(k, split_heads(self.value(value), self.n_heads), past)
+        wide = tuple(part.repeat(1, chosen, 1, 1) for part in memory)
+        mixed = attend(q, (wide[0], wide[1]), position=self.position, start=start)
+        merged = mixed.transpose(1, 2).reshape(batch * length, chosen, -1)
+        output = mk.expert_merge(merged, self.output, plan, gate)
+        return Mixed(output.view(batch, length, d_model), under("router", routing.stats), memory)

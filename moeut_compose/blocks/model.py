@@ -1,0 +1,110 @@
+"""The language model: ids, embedding, stages, norm, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeut_compose.blocks.cache import Cache, Memory
+from moeut_compose.blocks.initialisation import normal_, uniform_
+from moeut_compose.blocks.precision import at_least_float32
+from moeut_compose.blocks.stages import Stage
+from moeut_compose.blocks.stats import Stats, under
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass computes, and nothing else."""
+
+    logits: Tensor | None
+    """`[B, T, V]`; None when targets were given."""
+    cross_entropy: Tensor | None
+    """Mean cross entropy over the targets, in nats; None without targets."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Balance and halting terms, already weighted; empty outside training."""
+    stats: Stats = field(default_factory=dict)
+    """Additive router sums, pooled over repeats."""
+    cache: Cache | None = None
+    """What to pass to the next call; None when no cache was passed."""
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model over stages of shared layers."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        stages: Sequence[Stage],
+        embedding_scale: float,
+        embedding_norm: nn.Module,
+        final_norm: nn.Module,
+        head: nn.Linear | None,
+        tied_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.embedding_scale = embedding_scale
+        self.embedding_norm = embedding_norm
+        self.stages = nn.ModuleList(stages)
+        self.final_norm = final_norm
+        self.head = head
+        self.tied_bias = nn.Parameter(torch.empty(vocab_size)) if head is None and tied_bias else None
+
+    def reset_parameters(self, *, layer_scales: Sequence[Sequence[float]]) -> None:
+        """Draw all weights; `layer_scales[stage][member]` is the depth factor c of the published initialisation."""
+        d_model = self.embedding.embedding_dim
+        normal_(self.embedding.weight, std=1.0 / math.sqrt(d_model))
+        for stage, scales in zip(self.stages, layer_scales, strict=True):
+            stage.halting.reset_parameters()
+            for layer, scale in zip(stage.layers, scales, strict=True):
+                layer.reset_parameters(scale=scale)
+        if hasattr(self.final_norm, "reset_parameters"):
+            self.final_norm.reset_parameters()
+        head = (self.tied_bias,) if self.head is None else (self.head.weight, self.head.bias)
+        for weight in head:
+            if weight is not None:
+                uniform_(weight, bound=1.0 / math.sqrt(d_model))
+
+    def forward(self, ids: Tensor, *, targets: Tensor | None = None, cache: Cache | None = None) -> ModelOutput:
+        """Predict the token after each of `ids [B, T]`.
+
+        With `targets [B, T]` (-100: ignored) the mean cross entropy takes the place of logits. With a `cache`, `ids`
+        continue the tokens that the cache has seen.
+        """
+        x = self.embedding_norm(self.embedding(ids) * self.embedding_scale)
+        start = 0 if cache is None else cache.length
+        past = () if cache is None else cache.memories
+        losses: dict[str, Tensor] = {}
+        stats: Stats = {}
+        memories: tuple[Memory, ...] = ()
+        for index, stage in enumerate(self.stages):
+            done = len(memories)
+            run = stage(x, start=start, past=past[done : done + len(stage.schedule)])
+            x = run.hidden
+            losses |= under(f"stages.{index}", run.losses)
+            stats |= under(f"stages.{index}", run.stats)
+            memories += run.memories
+        x = self.final_norm(x)
+        return ModelOutput(
+            logits=self._logits(x) if targets is None else None,
+            cross_entropy=None if targets is None else self._cross_entropy(x, targets),
+            losses=losses,
+            stats=stats,
+            cache=None if cache is None else Cache(start + ids.shape[1], memories),
+        )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(x)
+        return F.linear(x, self.embedding.weight, self.tied_bias)
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = at_least_float32(self._logits(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)

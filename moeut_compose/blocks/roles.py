@@ -1,0 +1,96 @@
+"""The parts a layer is made of, as abstract classes: what each takes and returns.
+
+A class of this package is abstract (here) or final (everywhere else).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.stats import Stats
+
+
+class Routing(NamedTuple):
+    """Which experts each token uses, and how strongly."""
+
+    index: Tensor
+    """`[B, T, H, K]` integers in `[0, n_experts)`."""
+    gate: Tensor
+    """`[B, T, H, K]` weights of the chosen experts."""
+    stats: Stats
+
+
+class Mixed(NamedTuple):
+    """What a mixer returns."""
+
+    output: Tensor
+    """`[B, T, D]`, to be added to the residual stream."""
+    stats: Stats
+    memory: Memory
+    """Keys and values of all positions seen so far."""
+
+
+class Position(nn.Module, ABC):
+    """How attention scores depend on positions."""
+
+    def reset_parameters(self) -> None:
+        """Fill parameters and tables; nothing to do by default."""
+
+    @abstractmethod
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Queries or keys `[B, H, T, d_head]` at positions `start, start + 1, ...`, transformed."""
+
+    @abstractmethod
+    def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
+        """Scores `[B, H, T, n_keys]` to add before the softmax, or None. Queries stand at `start, start + 1, ...`."""
+
+
+class Router(nn.Module, ABC):
+    """Chooses experts for each token."""
+
+    n_experts: int
+
+    @abstractmethod
+    def reset_parameters(self, *, scale: float) -> None:
+        """Draw the weights; `scale` is the depth factor c of the published initialisation."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+        """Route `x [B, T, D]`. `alive [B, T]` is each token's mass that has not halted; None means all of it."""
+
+    @abstractmethod
+    def losses(self, stats: Stats) -> dict[str, Tensor]:
+        """Weighted balance terms from pooled `stats`."""
+
+
+class Mixer(nn.Module, ABC):
+    """Moves information between positions."""
+
+    @abstractmethod
+    def reset_parameters(self, *, scale: float) -> None:
+        """Draw the weights; `scale` is the depth factor c of the published initialisation."""
+
+    @abstractmethod
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+    ) -> Mixed:
+        """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
+
+        The new tokens stand at positions `start, start + 1, ...`; `past` holds the memory of those before.
+        """
+
+
+class FeedForward(nn.Module, ABC):
+    """Mixes channels of each token."""
+
+    @abstractmethod
+    def reset_parameters(self, *, scale: float) -> None:
+        """Draw the weights; `scale` is the depth factor c of the published initialisation."""
+
+    @abstractmethod
+    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+        """Transform `data [B, T, D]`; routers read `select [B, T, D]`."""

@@ -1,0 +1,176 @@
+"""Routers: score, select, weigh.
+
+All of them compute scores in at least float32, choose with top-k (lowest index first among equals is not promised) and
+return what their balance terms observed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moeut_compose.blocks.balance import Balance, Observation
+from moeut_compose.blocks.initialisation import keep_row_deviations_, normal_, uniform_
+from moeut_compose.blocks.precision import at_least_float32
+from moeut_compose.blocks.roles import Router, Routing
+from moeut_compose.blocks.stats import Stats, below, under
+
+
+class BalancedRouter(Router):
+    """What every router here does around its scores: observe for the balance terms, and turn pooled sums into losses."""
+
+    def __init__(self, *, balance: Sequence[Balance]) -> None:
+        super().__init__()
+        self.balance = tuple(balance)
+
+    def observe(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Tensor | None) -> Stats:
+        """Sums of all balance terms; none outside training."""
+        if not self.training or not self.balance:
+            return {}
+        probability = logits.softmax(-1)
+        if alive is not None:
+            rests = (alive == 0)[:, :, None, None]
+            logits, probability = logits.masked_fill(rests, 0.0), probability.masked_fill(rests, 0.0)
+        seen = Observation(logits, probability, index, gate, alive)
+        stats: Stats = {}
+        for term in self.balance:
+            stats |= under(term.name, term.observe(seen))
+        return stats
+
+    def losses(self, stats: Stats) -> dict[str, Tensor]:
+        return {
+            term.name: term.weight * term.loss(below(term.name, stats))
+            for term in self.balance
+            if any(name.startswith(f"{term.name}.") for name in stats)
+        }
+
+
+class SigmoidRouter(BalancedRouter):
+    """Sigmoid scores, top-k, weights not normalised (sigma-MoE, arXiv:2310.10837; SwitchHead, arXiv:2312.07987).
+
+    With several heads each head chooses among its own `n_experts`; row `head * n_experts + expert` of the weight
+    belongs to that pair. Expert dropout hides experts before the choice. `masked_gate` is how the published
+    feedforward weighs the hidden ones if fewer than k remain; attention weighs them as if they had not been hidden.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_experts: int,
+        top_k: int,
+        n_heads: int = 1,
+        expert_dropout: float = 0.0,
+        equalised_rows: bool = False,
+        balance: Sequence[Balance] = (),
+    ) -> None:
+        super().__init__(balance=balance)
+        self.n_experts = n_experts
+        self.n_heads = n_heads
+        self.top_k = top_k
+        self.expert_dropout = expert_dropout
+        self.equalised_rows = equalised_rows
+        self.weight = nn.Parameter(torch.empty(n_heads * n_experts, d_model))
+
+    def reset_parameters(self, *, scale: float) -> None:
+        normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
+        if self.equalised_rows:
+            keep_row_deviations_(self.weight)
+
+    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+        logits = at_least_float32(x @ self.weight.t().to(x.dtype)).unflatten(-1, (self.n_heads, self.n_experts))
+        candidates = logits
+        if self.training and self.expert_dropout > 0:
+            hidden = torch.rand_like(logits) < self.expert_dropout
+            candidates = logits.masked_fill(hidden, -math.inf)
+        _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
+        gate = candidates.gather(-1, index).sigmoid()
+        if alive is not None:
+            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
+        return Routing(index, gate, self.observe(logits, index, gate, alive))
+
+
+class SoftmaxRouter(BalancedRouter):
+    """Softmax over all experts before the choice, or over the chosen ones after it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_experts: int,
+        top_k: int,
+        after_top_k: bool,
+        normalize: bool,
+        expert_dropout: float = 0.0,
+        balance: Sequence[Balance] = (),
+    ) -> None:
+        super().__init__(balance=balance)
+        self.n_experts = n_experts
+        self.top_k = top_k
+        self.after_top_k = after_top_k
+        self.normalize = normalize
+        self.expert_dropout = expert_dropout
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+
+    def reset_parameters(self, *, scale: float) -> None:
+        normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
+
+    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+        logits = at_least_float32(x @ self.weight.t().to(x.dtype)).unsqueeze(-2)
+        candidates = logits
+        if self.training and self.expert_dropout > 0:
+            hidden = torch.rand_like(logits) < self.expert_dropout
+            candidates = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        chosen, index = candidates.topk(self.top_k, dim=-1, sorted=False)
+        gate = chosen.softmax(-1) if self.after_top_k else candidates.softmax(-1).gather(-1, index)
+        if self.normalize and not self.after_top_k:
+            gate = gate / gate.sum(-1, keepdim=True)
+        if alive is not None:
+            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
+        return Routing(index, gate, self.observe(logits, index, gate, alive))
+
+
+class MLPRouter(BalancedRouter):
+    """Linear, tanh, linear, softmax, top-k, weights over their sum plus 1e-6 (SUT, arXiv:2310.07096).
+
+    In training, `n_sampled` of the `top_k` experts are drawn without replacement in proportion to their probability,
+    the others taken in order. Tokens that rest get probability and weight zero.
+    """
+
+    def __init__(
+        self, d_model: int, *, n_experts: int, top_k: int, n_sampled: int = 0, balance: Sequence[Balance] = ()
+    ) -> None:
+        super().__init__(balance=balance)
+        self.n_experts = n_experts
+        self.top_k = top_k
+        self.n_sampled = n_sampled
+        self.inner = nn.Linear(d_model, d_model)
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+
+    def reset_parameters(self, *, scale: float) -> None:
+        bound = 1.0 / math.sqrt(self.weight.shape[1])
+        for weight in (self.inner.weight, self.inner.bias, self.weight):
+            uniform_(weight, bound=bound)
+
+    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+        hidden = torch.tanh(self.inner(x))
+        logits = at_least_float32(hidden @ self.weight.t().to(hidden.dtype)).unsqueeze(-2)
+        probability = logits.softmax(-1)
+        if alive is not None:
+            probability = probability.masked_fill((alive == 0)[:, :, None, None], 0.0)
+        index = self._choose(probability)
+        gate = probability.gather(-1, index)
+        gate = gate / (gate.sum(-1, keepdim=True) + 1e-6)
+        return Routing(index, gate, self.observe(logits, index, gate, alive))
+
+    def _choose(self, probability: Tensor) -> Tensor:
+        n_sampled = self.n_sampled if self.training else 0
+        _, index = probability.topk(self.top_k - n_sampled, dim=-1)
+        if n_sampled == 0:
+            return index
+        rest = (probability.detach() + 1e-6).scatter(-1, index, 0.0)
+        drawn = torch.multinomial(rest.flatten(0, -2), n_sampled).view(*rest.shape[:-1], n_sampled)
+        return torch.cat((index, drawn), dim=-1)

@@ -1,0 +1,29 @@
+"""Router statistics: additive sums that travel by return value.
+
+`Stats` maps dotted names to tensors of sums, never histories: pooling the repeats of a shared router is one addition
+per name, and recomputing a layer cannot count anything twice.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+
+
+def pool(left: Stats, right: Stats) -> Stats:
+    """Add the sums of two calls name by name."""
+    pooled = dict(left)
+    for name, value in right.items():
+        pooled[name] = pooled[name] + value if name in pooled else value
+    return pooled
+
+
+def under(prefix: str, stats: Stats) -> Stats:
+    """The same sums, named below `prefix`."""
+    return {f"{prefix}.{name}": value for name, value in stats.items()}
+
+
+def below(prefix: str, stats: Stats) -> Stats:
+    """The sums that `under` named below `prefix`, with their own names again."""
+    return {name[len(prefix) + 1 :]: value for name, value in stats.items() if name.startswith(f"{prefix}.")}
