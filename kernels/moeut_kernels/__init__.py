@@ -1,0 +1,29 @@
+"""Mixture-of-experts products for PyTorch: gather, multiply by chosen experts, gated sum; forward and backward.
+
+Differentiable `torch.library` ops with a plain PyTorch definition that is fast on CPU and Triton kernels on CUDA.
+"""
+
+from moeut_kernels.activation import ACTIVATIONS
+from moeut_kernels.backend import BACKENDS, backend, resolve, use_backend
+from moeut_kernels.casting import cast_weights
+from moeut_kernels.feedforward import expert_feedforward
+from moeut_kernels.plan import Plan, plan
+from moeut_kernels.projection import expert_merge, expert_split
+from moeut_kernels.router import padded_logits, topk_sigmoid, topk_softmax
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "Plan",
+    "backend",
+    "cast_weights",
+    "expert_feedforward",
+    "expert_merge",
+    "expert_split",
+    "padded_logits",
+    "plan",
+    "resolve",
+    "topk_sigmoid",
+    "topk_softmax",
+    "use_backend",
+]

@@ -1,0 +1,69 @@
+"""Which implementation runs: chosen by device, overridable by a context manager or by the environment.
+
+The choice is made once per call in the public functions and travels with the op as an argument, so that a backward
+always runs on the implementation that ran the forward.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "grouped_mm", "torch")
+VARIABLE = "MOEUT_COMPOSE_BACKEND"
+
+_override: str | None = None
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported. False on platforms without a Triton wheel."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}={name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+_environment = _checked(os.environ.get(VARIABLE, "auto") or "auto", VARIABLE)
+
+
+def backend() -> str:
+    """The requested backend: `use_backend` first, then `MOEUT_COMPOSE_BACKEND` as read at import, then "auto"."""
+    return _environment if _override is None else _override
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every expert op inside the block on one backend: "auto", "triton", "grouped_mm" or "torch".
+
+    Raises `ValueError` for an unknown name.
+    """
+    global _override
+    previous, _override = _override, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def resolve(x: Tensor) -> str:
+    """The backend that a call with `x` runs on: "triton", "grouped_mm" or "torch".
+
+    "auto" takes Triton on CUDA in float32, bfloat16 and float16, and PyTorch's grouped matmul elsewhere. "torch" is the
+    definition: one matrix product per expert. float64 always takes it.
+    """
+    requested = backend()
+    if requested == "auto":
+        requested = "triton" if x.device.type == "cuda" and triton_is_installed() else "grouped_mm"
+    if requested == "triton" and not x.dtype.is_floating_point:
+        return requested
+    return "torch" if x.dtype.itemsize == 8 else requested
