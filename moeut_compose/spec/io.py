@@ -1,0 +1,259 @@
+"""From YAML to a spec and back: `extends`, dotted keys, overrides, and every problem at its place.
+
+A spec is read in four steps: its file and those it extends become one tree, the overrides are laid over it, Pydantic
+validates the plain data, and what Pydantic complains of is found again in the tree.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from moeut_compose.spec.base import Spec
+from moeut_compose.spec.dump import dump_yaml
+from moeut_compose.spec.explain import explain
+from moeut_compose.spec.find import SUFFIXES, Kind, NotFound, find, singular
+from moeut_compose.spec.model import ModelSpec
+from moeut_compose.spec.nodes import (
+    Entry,
+    ListNode,
+    MapNode,
+    Node,
+    Reach,
+    Scalar,
+    joined,
+    lay_over,
+    plain,
+    reach,
+    without_nulls,
+)
+from moeut_compose.spec.problems import COMMAND_LINE, Place, Problem, SpecError
+from moeut_compose.spec.recipe import RecipeSpec
+from moeut_compose.spec.shapes import Shape
+from moeut_compose.spec.yaml import parse_document, parse_value, read_document
+
+__all__ = ["NotFound", "Problem", "SpecError", "dump_yaml", "load_recipe", "load_spec", "parse_spec", "split_overrides"]
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+MODELS: dict[Kind, type[ModelSpec] | type[RecipeSpec]] = {"architectures": ModelSpec, "recipes": RecipeSpec}
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_SHARED_KEYS = {"version", "name", "description", "kind"}
+
+
+def load_spec(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ModelSpec:
+    """Read, override and validate an architecture: a name, a YAML file, a run or a checkpoint folder.
+
+    An override is `dotted.key=value`, the value written as YAML. Raises `NotFound`, or `SpecError` with all problems.
+    """
+    return load_as(ModelSpec, "architectures", name_or_path, overrides)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
+    """Read, override and validate a recipe: a name, a YAML file or a run folder. Raises as `load_spec` does."""
+    return load_as(RecipeSpec, "recipes", name_or_path, overrides)
+
+
+def load_as(model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnySpec:
+    """What `load_spec` and `load_recipe` do, for any spec that lives among the specs of `kind`."""
+    reader = _Reader(kind, Shape.of(model))
+    tree = reader.file(find(str(name_or_path), kind))
+    return _validated(model, reader, tree, overrides)
+
+
+def parse_spec(text: str, overrides: Sequence[str] = (), *, file: str = "<text>") -> ModelSpec:
+    """An architecture from YAML text, such as the one stored in a checkpoint. Raises `SpecError`."""
+    reader = _Reader("architectures", Shape.of(ModelSpec))
+    tree = reader.document(text.encode(), file, Path())
+    return _validated(ModelSpec, reader, tree, overrides)
+
+
+def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the architecture, and those of the recipe (`recipe.key=value`) without their prefix."""
+    architecture: list[str] = []
+    recipe: list[str] = []
+    for override in overrides:
+        is_recipe = override.startswith("recipe.")
+        (recipe if is_recipe else architecture).append(override.removeprefix("recipe."))
+    return architecture, recipe
+
+
+def is_override(argument: str) -> bool:
+    return _OVERRIDE.fullmatch(argument) is not None
+
+
+def kind_of(path: Path) -> Kind:
+    """Whether a file holds an architecture or a recipe, judged by its keys and then by its folder."""
+    root = read_document(path, str(path)).root
+    keys = {key.partition(".")[0] for key in root.entries} if root is not None else set()
+    own = keys - _SHARED_KEYS
+    n_recipe = len(own & set(RecipeSpec.model_fields))
+    n_architecture = len(own & set(ModelSpec.model_fields))
+    if n_recipe == n_architecture:
+        return "recipes" if "recipes" in path.absolute().parts or path.stem == "recipe" else "architectures"
+    return "recipes" if n_recipe > n_architecture else "architectures"
+
+
+def _validated(model: type[AnySpec], reader: "_Reader", tree: MapNode | None, overrides: Sequence[str]) -> AnySpec:
+    problems = reader.problems
+    if tree is not None:
+        whole: Node = tree
+        for patch in _override_patches(overrides, problems):
+            whole = lay_over(whole, patch, reader.shape, (), problems)
+        whole = without_nulls(whole, reader.shape)
+        assert isinstance(whole, MapNode)
+        problems += _version_problems(whole)
+        try:
+            spec = model.model_validate_json(json.dumps(plain(whole)))
+        except ValidationError as error:
+            found = explain(error, whole, reader.shape, _misplaced(reader.kind), is_partial=reader.is_partial)
+            problems += [problem for problem in found if problem.path != "version"]
+        else:
+            if not problems:
+                return spec
+    files = list(dict.fromkeys(problem.file for problem in problems))
+    raise SpecError(sorted(problems, key=lambda p: (files.index(p.file), p.line, p.column)))
+
+
+class _Reader:
+    """Reads a file and all that it extends, and collects what is wrong on the way."""
+
+    def __init__(self, kind: Kind, shape: Shape) -> None:
+        self.kind = kind
+        self.shape = shape
+        self.problems: list[Problem] = []
+        self.is_partial = False
+        """True when a file could not be read or found, so that keys may be missing for this reason alone."""
+        self._open: list[Path] = []
+        self._complained: set[Path] = set()
+
+    def file(self, path: Path) -> MapNode | None:
+        """The tree of one file with everything it extends below it; None if the file cannot be used."""
+        document = read_document(path, shown(path))
+        return self._merged(document.root, document.problems, path)
+
+    def document(self, data: bytes, file: str, path: Path) -> MapNode | None:
+        document = parse_document(data, file)
+        return self._merged(document.root, document.problems, path)
+
+    def _merged(self, root: MapNode | None, problems: list[Problem], path: Path) -> MapNode | None:
+        if path not in self._complained:
+            self.problems += problems
+            self._complained.add(path)
+        if root is None:
+            self.is_partial = True
+            return None
+        entries = dict(root.entries)
+        extends = entries.pop("extends", None)
+        base: Node | None = None
+        self._open.append(path.resolve())
+        for name in self._extended(extends):
+            parent = self._parent(name, path)
+            if parent is not None:
+                base = lay_over(base, parent, self.shape, (), self.problems)
+        self._open.pop()
+        whole = lay_over(base, MapNode(entries, root.place), self.shape, (), self.problems)
+        assert isinstance(whole, MapNode)
+        return whole
+
+    def _extended(self, entry: Entry | None) -> list[Scalar]:
+        if entry is None:
+            return []
+        nodes = entry.node.items if isinstance(entry.node, ListNode) else (entry.node,)
+        names = [node for node in nodes if isinstance(node, Scalar) and isinstance(node.value, str)]
+        if len(names) < len(nodes) and not (isinstance(entry.node, Scalar) and entry.node.value is None):
+            self._complain(entry.node.place, "expected a name, a path, or a list of them")
+        return names
+
+    def _parent(self, name: Scalar, child: Path) -> MapNode | None:
+        """The tree of one extended spec: a path relative to the file that names it, or else a name."""
+        try:
+            path = _beside(child, str(name.value)) or find(str(name.value), self.kind)
+        except NotFound as error:
+            self._complain(name.place, str(error))
+            return None
+        if path.resolve() in self._open:
+            circle = self._open[self._open.index(path.resolve()) :]
+            names = " -> ".join(shown(link) for link in (*circle, path))
+            self._complain(name.place, f"goes round in a circle: {names}")
+            return None
+        return self.file(path)
+
+    def _complain(self, place: Place, message: str) -> None:
+        self.is_partial = True
+        self.problems.append(Problem.at(place, "extends", message))
+
+
+def shown(path: Path) -> str:
+    """How messages name a file: relative to the current folder if it lies below it."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute) if not path.is_absolute() or Path(absolute).is_relative_to(Path.cwd()) else ""
+    return relative or absolute
+
+
+def _beside(child: Path, name: str) -> Path | None:
+    """The file that a name means relative to the file that extends it."""
+    path = child.parent / Path(name).expanduser()
+    candidates = [path] if path.suffix in SUFFIXES else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _override_patches(overrides: Sequence[str], problems: list[Problem]) -> list[Reach]:
+    patches: list[Reach] = []
+    for override in overrides:
+        place = Place(f"{COMMAND_LINE} {override}")
+        match = _OVERRIDE.fullmatch(override)
+        if match is None:
+            problems.append(Problem.at(place, "", "expected key=value, such as stages.0.repeats=4"))
+            continue
+        key, text = match.groups()
+        value, found = parse_value(text, place)
+        problems += [Problem.at(place, key, problem.message) for problem in found]
+        if not found:
+            patches.append(reach(key, Entry(place, value)))
+    return joined(patches)
+
+
+def _version_problems(root: MapNode) -> list[Problem]:
+    entry = root.entries.get("version")
+    if entry is None or (isinstance(entry.node, Scalar) and type(entry.node.value) is int and entry.node.value == 1):
+        return []
+    written = entry.node.text if isinstance(entry.node, Scalar) else "this"
+    return [Problem.at(entry.node.place, "version", f"{written} is not a version that this release reads; it reads 1")]
+
+
+@cache
+def _misplaced(kind: Kind) -> dict[str, str]:
+    """Keys that only the other kind of spec has, and where they belong."""
+    other: Kind = "recipes" if kind == "architectures" else "architectures"
+    own = _key_paths(Shape.of(MODELS[kind]))
+    article = "an architecture" if other == "architectures" else "a recipe"
+    example = f"{other}/*.yaml" if other == "architectures" else f"{other}/*.yaml, or recipe.{{}}=… when training"
+    return {
+        key: f"belongs in {article} ({example.format(path)}), as {path}"
+        for key, path in _key_paths(Shape.of(MODELS[other])).items()
+        if key not in own and key not in _SHARED_KEYS
+    }
+
+
+def _key_paths(shape: Shape, path: str = "") -> dict[str, str]:
+    """Every key below a place, with the shortest dotted path that reaches it."""
+    found: dict[str, str] = {}
+    for model in shape.models:
+        for key, field in model.model_fields.items():
+            child = Shape.of(field.annotation)
+            whole = f"{path}{key}"
+            below = f"{whole}.0." if child.is_list else f"{whole}."
+            for name, place in {key: whole, **_key_paths(child, below)}.items():
+                if name not in found or place.count(".") < found[name].count("."):
+                    found[name] = place
+    return found
+
+
+def describe(kind: Kind) -> str:
+    return f"{'an' if kind == 'architectures' else 'a'} {singular(kind)}"
