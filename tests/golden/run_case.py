@@ -153,7 +153,7 @@ def run_trajectory(case: Case, dtype: torch.dtype) -> dict[str, float]:
         norm = clip_gradients(model.parameters(), settings["grad_clip"])
         optimizer.step()
         for name, value in zip(series, (lr, out.cross_entropy, regulariser, norm), strict=True):
-            series[name].append(float(value))
+            series[name].append(float(value.detach() if isinstance(value, Tensor) else value))
     errors = {
         name: relative(torch.tensor(values, dtype=torch.float64), case.tensors[name].reshape(-1))
         for name, values in series.items()
