@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeut_compose.blocks.cache import Cache, Memory
+from moeut_compose.blocks.cross_entropy import linear_cross_entropy
 from moeut_compose.blocks.initialisation import normal_, uniform_
-from moeut_compose.blocks.precision import at_least_float32
 from moeut_compose.blocks.stages import Stage
 from moeut_compose.blocks.stats import Stats, under
 
@@ -78,7 +78,8 @@ class LanguageModel(nn.Module):
         With `targets [B, T]` (-100: ignored) the mean cross entropy takes the place of logits. With a `cache`, `ids`
         continue the tokens that the cache has seen.
         """
-        x = self.embedding_norm(self.embedding(ids) * self.embedding_scale)
+        x = self.embedding(ids)
+        x = self.embedding_norm(x if self.embedding_scale == 1.0 else x * self.embedding_scale)
         start = 0 if cache is None else cache.length
         past = () if cache is None else cache.memories
         losses: dict[str, Tensor] = {}
@@ -106,5 +107,6 @@ class LanguageModel(nn.Module):
         return F.linear(x, self.embedding.weight, self.tied_bias)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        logits = at_least_float32(self._logits(x))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        bias = self.tied_bias if self.head is None else self.head.bias
+        return linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten())
