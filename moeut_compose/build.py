@@ -47,15 +47,23 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    init: bool = True,
 ) -> LanguageModel:
     """Build `spec` with fresh weights that depend on `seed` alone, not on the device.
 
-    On the device `meta` nothing is allocated: shapes can be read and passes traced.
+    On the device `meta` nothing is allocated: shapes can be read and passes traced. `init=False` leaves the weights
+    as the memory was, for callers that load all of them; tables that are no weights are filled all the same.
     """
     with torch.device("meta"):
         model = _assemble(spec)
     if torch.device(device).type == "meta":
         return model.to(dtype)
+    if not init:
+        model = model.to_empty(device=device).to(dtype=dtype)
+        for module in model.modules():
+            if isinstance(module, Position):
+                module.fill_tables()
+        return model
     model = model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -35,7 +35,7 @@ class Rope(Position):
         self.register_buffer("cos", torch.empty(n_positions, n_rotated // 2), persistent=False)
         self.register_buffer("sin", torch.empty(n_positions, n_rotated // 2), persistent=False)
 
-    def reset_parameters(self) -> None:
+    def fill_tables(self) -> None:
         cos, sin = self._angles(0, self.cos.shape[0], self.cos.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)

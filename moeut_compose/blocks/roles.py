@@ -38,7 +38,11 @@ class Position(nn.Module, ABC):
     """How attention scores depend on positions."""
 
     def reset_parameters(self) -> None:
-        """Fill parameters and tables; nothing to do by default."""
+        """Draw the weights and fill the tables."""
+        self.fill_tables()
+
+    def fill_tables(self) -> None:
+        """Compute buffers that no checkpoint holds; nothing to do by default."""
 
     @abstractmethod
     def rotate(self, x: Tensor, start: int) -> Tensor:

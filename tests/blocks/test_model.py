@@ -109,3 +109,12 @@ def test_layers_compile_without_graph_breaks(name: str) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, x)
     torch.testing.assert_close(compiled.hidden, plain.hidden)
     assert compiled.stats.keys() == plain.stats.keys()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_loading_needs_no_initialisation(name: str) -> None:
+    spec = load_spec(name)
+    drawn, empty = build_model(spec, seed=8).eval(), build_model(spec, init=False).eval()
+    empty.load_state_dict(drawn.state_dict())
+    with torch.no_grad():
+        assert torch.equal(drawn(ids()).logits, empty(ids()).logits)
