@@ -10,9 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spec(BaseModel):
-    """Frozen and strict: unknown keys, wrong types and impossible combinations are errors."""
+    """Frozen and strict: unknown keys, wrong types and impossible combinations are errors.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    The string below a field describes it; `moeut_compose.spec.schema` reads these when they are asked for, because
+    Pydantic would parse every source file at each start.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Count = Annotated[int, Field(gt=0)]

@@ -32,6 +32,10 @@ def singular(kind: Kind) -> str:
     return kind.removesuffix("s")
 
 
+def with_article(kind: Kind) -> str:
+    return "an architecture" if kind == "architectures" else "a recipe"
+
+
 def builtin_root(kind: Kind) -> Path:
     """The folder of the built-in specs of a kind. Raises `RuntimeError` in a broken installation."""
     package = Path(str(files("moeut_compose")))
@@ -63,7 +67,7 @@ def find(name: str, kind: Kind) -> Path:
                 return found
     if found := _in_root(builtin_root(kind), stem) or _file_at(path, kind):
         return found
-    raise NotFound(_not_found(name, stem, kind, is_folder=path.is_dir()))
+    raise NotFound(not_found(name, kind))
 
 
 def list_specs(kind: Kind) -> list[Listed]:
@@ -116,22 +120,26 @@ def _in_root(root: Path, stem: Path) -> Path | None:
 
 def _file_at(path: Path, kind: Kind) -> Path | None:
     """The path itself, or the spec stored in a run or checkpoint folder."""
-    if path.is_dir():
+    if path.is_dir() or path.parent.name == "checkpoints":
         stored = f"{singular(kind)}.yaml"
         run = path.parent.parent if path.parent.name == "checkpoints" else path
         return next((folder / stored for folder in (path, run) if (folder / stored).is_file()), None)
     return path if path.exists() else None
 
 
-def _not_found(name: str, stem: Path, kind: Kind, *, is_folder: bool) -> str:
-    word = singular(kind)
+def not_found(name: str, *kinds: Kind) -> str:
+    """Why no spec of these kinds has this name, and what it may have meant."""
+    path = Path(name).expanduser()
+    known = {kind: [spec.name for spec in list_specs(kind)] for kind in KINDS}
+    words = " nor ".join(with_article(kind) for kind in kinds)
     for other in KINDS:
-        if other != kind and any(spec.name == stem.as_posix() for spec in list_specs(other)):
-            return f"{name} is a {singular(other)}, and a {word} is needed here"
-    if is_folder:
-        return f"{name} is a folder without {word}.yaml; name a file, a run or a checkpoint"
-    names = [spec.name for spec in list_specs(kind)]
-    by_last_part = [known for known in names if known.rpartition("/")[2] == stem.name]
+        if other not in kinds and _stem(path, other).as_posix() in known[other]:
+            return f"{name} is {with_article(other)}, and {words} is needed here"
+    if path.is_dir():
+        stored = " or ".join(f"{singular(kind)}.yaml" for kind in kinds)
+        return f"{name} is a folder without {stored}; name a file, a run or a checkpoint"
+    stem = _stem(path, kinds[0])
+    names = [known_name for kind in kinds for known_name in known[kind]]
+    by_last_part = [known_name for known_name in names if known_name.rpartition("/")[2] == stem.name]
     near = by_last_part or nearest(stem.as_posix(), names)
-    article = "an" if kind == "architectures" else "a"
-    return f"{name} is neither {article} {word} nor a file{did_you_mean(near)}"
+    return f"{name} is neither {words} nor a file{did_you_mean(near)}"

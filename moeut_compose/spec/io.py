@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
 from moeut_compose.spec.base import Spec
 from moeut_compose.spec.dump import dump_yaml
 from moeut_compose.spec.explain import explain
-from moeut_compose.spec.find import SUFFIXES, Kind, NotFound, find, singular
+from moeut_compose.spec.find import SUFFIXES, Kind, NotFound, find, with_article
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.nodes import (
     Entry,
@@ -33,15 +33,16 @@ from moeut_compose.spec.nodes import (
     without_nulls,
 )
 from moeut_compose.spec.problems import COMMAND_LINE, Place, Problem, SpecError
-from moeut_compose.spec.recipe import RecipeSpec
 from moeut_compose.spec.shapes import Shape
 from moeut_compose.spec.yaml import parse_document, parse_value, read_document
+
+if TYPE_CHECKING:
+    from moeut_compose.spec.recipe import RecipeSpec
 
 __all__ = ["NotFound", "Problem", "SpecError", "dump_yaml", "load_recipe", "load_spec", "parse_spec", "split_overrides"]
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
-MODELS: dict[Kind, type[ModelSpec] | type[RecipeSpec]] = {"architectures": ModelSpec, "recipes": RecipeSpec}
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _SHARED_KEYS = {"version", "name", "description", "kind"}
 
@@ -54,9 +55,20 @@ def load_spec(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ModelS
     return load_as(ModelSpec, "architectures", name_or_path, overrides)
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> "RecipeSpec":
     """Read, override and validate a recipe: a name, a YAML file or a run folder. Raises as `load_spec` does."""
+    from moeut_compose.spec.recipe import RecipeSpec
+
     return load_as(RecipeSpec, "recipes", name_or_path, overrides)
+
+
+def model_of(kind: Kind) -> "type[ModelSpec] | type[RecipeSpec]":
+    """What a file of this kind holds. Recipes are imported when they are first asked for: most commands read none."""
+    if kind == "architectures":
+        return ModelSpec
+    from moeut_compose.spec.recipe import RecipeSpec
+
+    return RecipeSpec
 
 
 def load_as(model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnySpec:
@@ -92,8 +104,10 @@ def kind_of(path: Path) -> Kind:
     root = read_document(path, str(path)).root
     keys = {key.partition(".")[0] for key in root.entries} if root is not None else set()
     own = keys - _SHARED_KEYS
-    n_recipe = len(own & set(RecipeSpec.model_fields))
     n_architecture = len(own & set(ModelSpec.model_fields))
+    if own and n_architecture == len(own):
+        return "architectures"
+    n_recipe = len(own & set(model_of("recipes").model_fields))
     if n_recipe == n_architecture:
         return "recipes" if "recipes" in path.absolute().parts or path.stem == "recipe" else "architectures"
     return "recipes" if n_recipe > n_architecture else "architectures"
@@ -231,12 +245,11 @@ def _version_problems(root: MapNode) -> list[Problem]:
 def _misplaced(kind: Kind) -> dict[str, str]:
     """Keys that only the other kind of spec has, and where they belong."""
     other: Kind = "recipes" if kind == "architectures" else "architectures"
-    own = _key_paths(Shape.of(MODELS[kind]))
-    article = "an architecture" if other == "architectures" else "a recipe"
+    own = _key_paths(Shape.of(model_of(kind)))
     example = f"{other}/*.yaml" if other == "architectures" else f"{other}/*.yaml, or recipe.{{}}=… when training"
     return {
-        key: f"belongs in {article} ({example.format(path)}), as {path}"
-        for key, path in _key_paths(Shape.of(MODELS[other])).items()
+        key: f"belongs in {with_article(other)} ({example.format(path)}), as {path}"
+        for key, path in _key_paths(Shape.of(model_of(other))).items()
         if key not in own and key not in _SHARED_KEYS
     }
 
@@ -253,7 +266,3 @@ def _key_paths(shape: Shape, path: str = "") -> dict[str, str]:
                 if name not in found or place.count(".") < found[name].count("."):
                     found[name] = place
     return found
-
-
-def describe(kind: Kind) -> str:
-    return f"{'an' if kind == 'architectures' else 'a'} {singular(kind)}"

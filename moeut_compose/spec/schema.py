@@ -4,10 +4,19 @@ It is a little more lenient than the loader, which alone sees what a file inheri
 at the top, and a map may leave out its `kind`.
 """
 
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from typing import Any
+
+from pydantic import BaseModel
 
 from moeut_compose.spec.base import Spec
 from moeut_compose.spec.find import Kind, singular
+from moeut_compose.spec.shapes import Shape
 
 DOTTED_KEY = r"^[A-Za-z_]\w*(\.\w+)+$"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -20,6 +29,10 @@ def json_schema(model: type[Spec], kind: Kind) -> dict[str, Any]:
     for definition in (schema, *definitions.values()):
         if "properties" in definition:
             definition["patternProperties"] = {DOTTED_KEY: {"description": "Reaches into maps and lists."}}
+    for found in models_below(Shape.of(model)):
+        definition = schema if found is model else definitions[found.__name__]
+        for field, text in field_docs(found).items():
+            definition["properties"][field]["description"] = text
     for name in _union_members([schema, definitions]):
         definitions[name]["required"] = list(dict.fromkeys(["kind", *definitions[name].get("required", [])]))
     required = schema.pop("required", [])
@@ -37,6 +50,40 @@ def json_schema(model: type[Spec], kind: Kind) -> dict[str, Any]:
         "then": {"required": required},
         "$defs": definitions,
     }
+
+
+def models_below(shape: Shape) -> list[type[BaseModel]]:
+    """Every map that may stand at a place or below it."""
+    found: dict[type[BaseModel], None] = {}
+    for model in shape.models:
+        found[model] = None
+        for field in model.model_fields.values():
+            found.update(dict.fromkeys(models_below(Shape.of(field.annotation))))
+    return list(found)
+
+
+def field_docs(model: type[BaseModel]) -> dict[str, str]:
+    """What the strings below the fields of a model say, on one line each."""
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base is not BaseModel:
+            found |= _docs_of_module(base.__module__).get(base.__name__, {})
+    return found
+
+
+@cache
+def _docs_of_module(module: str) -> dict[str, dict[str, str]]:
+    """The strings below annotated names, for each class of a module."""
+    source = inspect.getsource(importlib.import_module(module))
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {node.name: dict(_docs_of_fields(node)) for node in classes}
+
+
+def _docs_of_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, below in pairwise(node.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
 
 
 def _union_members(node: Any) -> set[str]:

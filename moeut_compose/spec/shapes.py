@@ -101,3 +101,16 @@ def _alternatives(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [inner for member in typing.get_args(annotation) for inner in _alternatives(member)]
     return [annotation]
+
+
+def union_members(shape: Shape, family: str = "") -> list[tuple[str, str, type[BaseModel]]]:
+    """Every member of every union at or below a place: the key that it stands under, its kind, and its model."""
+    found: dict[tuple[str, str], type[BaseModel]] = {}
+    for model in shape.models:
+        if len(shape.models) > 1:
+            found.update({(family, kind): model for kind in kinds(model)})
+        for key, field in model.model_fields.items():
+            for name, kind, member in union_members(Shape.of(field.annotation), key):
+                found.setdefault((name, kind), member)
+    order = list(dict.fromkeys(name for name, _ in found))
+    return [(name, kind, found[name, kind]) for name, kind in sorted(found, key=lambda pair: order.index(pair[0]))]

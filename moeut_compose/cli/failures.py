@@ -1,0 +1,70 @@
+"""How a command fails: one clear line on stderr for each problem, and an exit code that scripts can rely on.
+
+0 done; 1 the work failed; 2 wrong usage or not found; 130 after Ctrl-C; 143 after SIGTERM.
+"""
+
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from moeut_compose.data.errors import DataError
+from moeut_compose.spec.find import NotFound
+from moeut_compose.spec.problems import SpecError
+from moeut_compose.train.errors import TrainError
+
+FAILED = 1
+USAGE = 2
+
+
+def complain(text: str) -> None:
+    """Say something on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Commands(TyperGroup):
+    """The commands, and what becomes of the errors that they expect."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; an expected error becomes its message and an exit code, never a traceback."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except SpecError as error:
+            complain(str(error))
+            raise typer.Exit(FAILED) from None
+        except NotFound as error:
+            complain(f"error: {error}")
+            raise typer.Exit(USAGE) from None
+        except TrainError as error:
+            complain(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except DataError as error:
+            complain(f"error: {error}")
+            raise typer.Exit(FAILED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `head` does
+            raise typer.Exit(0) from None
+        except OSError as error:
+            complain(f"error: {describe_os_error(error)}")
+            raise typer.Exit(FAILED) from None
+        return result
+
+
+def describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{(error.strerror or str(error)).lower()}"
+
+
+def wrong_usage(message: str) -> typer.Exit:
+    """Complain; the result is to be raised."""
+    complain(f"error: {message}")
+    return typer.Exit(USAGE)
+
+
+def failed(message: str) -> typer.Exit:
+    """Complain; the result is to be raised."""
+    complain(f"error: {message}")
+    return typer.Exit(FAILED)
