@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 class Task(Protocol):
@@ -60,7 +60,7 @@ class _SilentTask:
 
 
 class PlainReporter:
-    """One line at a time; a task speaks at most every `every` seconds."""
+    """One line at a time; a task speaks at most every `every` seconds, and less often the longer it takes."""
 
     def __init__(self, stream: TextIO, *, every: float = 10.0) -> None:
         self._stream = stream
@@ -94,13 +94,16 @@ class _PlainTask:
     def advance(self, n: float = 1, *, detail: str = "") -> None:
         self._done += n
         self._detail = detail or self._detail
-        if time.monotonic() - self._spoke >= self._every:
+        now = time.monotonic()
+        if now - self._spoke >= max(self._every, (now - self._start) / 50):
             self._speak()
 
     def finish(self) -> None:
         elapsed = time.monotonic() - self._start
         detail = f"  {self._detail}" if self._detail else ""
-        self._reporter.note(f"{self._title}: {self._amount()}{detail}  ({format_duration(elapsed)})")
+        self._reporter.note(
+            f"{self._title}: {format_amount(self._done, self._total)}{detail}  ({format_duration(elapsed)})"
+        )
 
     def _speak(self) -> None:
         self._spoke = time.monotonic()
@@ -110,10 +113,7 @@ class _PlainTask:
             seconds = (self._spoke - self._start) / gained * (self._total - self._done)
             left = f"  {format_duration(seconds)} left"
         detail = f"  {self._detail}" if self._detail else ""
-        self._reporter.note(f"{self._title}: {self._amount()}{detail}{left}")
-
-    def _amount(self) -> str:
-        return f"{self._done:,.0f}" + (f"/{self._total:,.0f}" if self._total else "")
+        self._reporter.note(f"{self._title}: {format_amount(self._done, self._total)}{detail}{left}")
 
 
 class RichReporter:
@@ -145,36 +145,45 @@ class RichReporter:
 
     @staticmethod
     def _line(progress: Progress, title: str, total: float | None, done: float) -> Iterator[Task]:
-        identity = progress.add_task(title, total=total, completed=done, detail="")
-        yield _RichTask(progress, identity)
-        if progress.tasks and len(progress.tasks) > 1:
+        amount = format_amount(done, total)
+        identity = progress.add_task(title, total=total, completed=done, amount=amount, detail="")
+        yield _RichTask(progress, identity, done, total)
+        if len(progress.tasks) > 1:
             progress.remove_task(identity)
 
     def _display(self) -> Progress:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich import progress
 
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        return progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[amount]}"),
+            progress.TextColumn("{task.fields[detail]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
             console=self._console,
             refresh_per_second=4,
         )
 
 
 class _RichTask:
-    def __init__(self, progress: Progress, identity: object) -> None:
+    def __init__(self, progress: Progress, identity: TaskID, done: float, total: float | None) -> None:
         self._progress = progress
         self._identity = identity
+        self._done = done
+        self._total = total
 
     def advance(self, n: float = 1, *, detail: str = "") -> None:
+        self._done += n
         fields = {"detail": detail} if detail else {}
-        self._progress.update(self._identity, advance=n, **fields)  # type: ignore[arg-type]
+        amount = format_amount(self._done, self._total)
+        self._progress.update(self._identity, completed=self._done, amount=amount, **fields)
+
+
+def format_amount(done: float, total: float | None) -> str:
+    """`12/500`, or `12` where the total is not known; parts of a unit are rounded."""
+    return f"{done:,.0f}" + (f"/{total:,.0f}" if total else "")
 
 
 def format_duration(seconds: float) -> str:

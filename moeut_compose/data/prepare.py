@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.sources import open_source
 from moeut_compose.data.tokenizer import prepare_tokenizer
-from moeut_compose.data.tokens import TokenFile, prepare_tokens
+from moeut_compose.data.tokens import TokenFile, prepare_tokens, token_key
 
 if TYPE_CHECKING:
     from moeut_compose.data.tokenizer import Tokenizer
@@ -23,6 +23,8 @@ class PreparedData:
     tokenizer: Tokenizer
     train: TokenFile
     validation: TokenFile
+    identity: str
+    """Equal for equal training tokens."""
 
 
 def prepare_data(
@@ -50,7 +52,8 @@ def prepare_data(
     validation = prepare_validation(
         data, tokenizer, context=context, windows=recipe.evaluation.windows, reporter=reporter
     )
-    return PreparedData(tokenizer, train, validation)
+    identity = token_key(source, "train", tokenizer, separator=data.separator, max_tokens=data.max_tokens)
+    return PreparedData(tokenizer, train, validation, identity)
 
 
 def prepare_validation(

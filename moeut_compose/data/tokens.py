@@ -74,6 +74,14 @@ def open_tokens(folder: Path) -> TokenFile:
     return TokenFile(np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r"), index)
 
 
+def token_key(
+    source: Source, part: Part, tokenizer: Tokenizer, *, separator: str, max_tokens: int | None
+) -> str:
+    """Names the tokens that a text, a tokenizer and options give; equal keys mean equal tokens."""
+    parts = [source.fingerprint(part), tokenizer.fingerprint, separator, max_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
 def prepare_tokens(
     source: Source,
     part: Part,
@@ -87,9 +95,9 @@ def prepare_tokens(
 
     The cache is keyed by the content of the text, the tokenizer and the options.
     """
-    parts = [source.fingerprint(part), tokenizer.fingerprint, separator, max_tokens]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    folder = cache_folder("tokens") / key
+    folder = cache_folder("tokens") / token_key(
+        source, part, tokenizer, separator=separator, max_tokens=max_tokens
+    )
     if not folder.is_dir():
         texts = with_separator(source.documents(part), separator)
         write_tokens(

@@ -1,0 +1,1 @@
+"""Training: plan, loop, checkpoints and the run folder."""

@@ -1,0 +1,203 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder `step-XXXXXXXX` with the weights, the rest of the training state and `meta.json`, which holds
+a checksum of every other file. It is written under another name, flushed to disk and renamed; then the pointer
+`latest` is moved. Reading verifies the checksums, and a damaged checkpoint makes way for the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from moeut_compose.data.errors import DataError
+from moeut_compose.data.files import fsync_directory, hash_file, write_atomically
+from moeut_compose.train.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from moeut_compose.spec.recipe import CheckpointSpec
+
+WEIGHTS = "model.safetensors"
+STATE = "train_state.pt"
+META = "meta.json"
+LATEST = "latest"
+FORMAT = 1
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+    @property
+    def run(self) -> Path:
+        """The run folder it lies in."""
+        return self.path.parent.parent
+
+    def architecture(self) -> str:
+        """The resolved architecture that the weights carry, as YAML."""
+        with safe_open(self.path / WEIGHTS, framework="pt") as file:
+            return file.metadata()["architecture"]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Copy the weights into a model. Raises `CheckpointError` unless names and shapes are the model's."""
+        copy_weights(load_file(self.path / WEIGHTS), model, self.path)
+
+    def load_state(self) -> dict[str, Any]:
+        """Everything else that training needs to go on, on the CPU."""
+        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, shared ones once."""
+    saved = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in saved}
+
+
+def copy_weights(weights: dict[str, Tensor], model: nn.Module, origin: Path) -> None:
+    """Copy tensors into a model by name. Raises `CheckpointError` unless names and shapes are the model's."""
+    targets = weights_of(model)
+    wrong = sorted(set(weights) ^ set(targets))
+    wrong += [name for name in targets if name in weights and weights[name].shape != targets[name].shape]
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        raise CheckpointError(
+            f"{origin} does not fit the architecture; missing, surplus or of another shape: {shown}"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(weights[name])
+
+
+def save_checkpoint(
+    run: Path, *, step: int, model: nn.Module, state: dict[str, Any], architecture: str, meta: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of a step and point `latest` to it. Raises `CheckpointError` if the disk refuses.
+
+    `architecture` is the resolved YAML, `state` whatever `Checkpoint.load_state` shall give back (tensors, numbers,
+    strings, lists and dicts only), `meta` goes into `meta.json`.
+    """
+    final = step_folder(run, step)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        header = {"format": "pt", "architecture": architecture, "step": str(step)}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in weights_of(model).items()}
+        save_file(weights, temporary / WEIGHTS, metadata=header)
+        torch.save(state, temporary / STATE)
+        files = {name: _flushed(temporary / name) for name in (WEIGHTS, STATE)}
+        text = json.dumps({"format": FORMAT, "step": step, **meta, "files": files}, indent=1)
+        write_atomically(temporary / META, text.encode())
+        _replace_folder(temporary, final)
+        write_atomically(final.parent / LATEST, f"{final.name}\n".encode())
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"cannot save {final}: {error}; earlier checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """Force a file to disk and describe it."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _replace_folder(new: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    fsync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, by step; none of them is verified."""
+    folder = run / "checkpoints"
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint folder. Raises `CheckpointError` naming what is wrong with it."""
+    try:
+        meta = json.loads((path / META).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in meta["files"].items()}
+        known = meta["format"] == FORMAT and isinstance(meta["step"], int) and {WEIGHTS, STATE} <= set(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {META} is missing or damaged ({error})") from error
+    if not known:
+        raise CheckpointError(f"{path}: {META} is not of format {FORMAT}")
+    for name, (size, digest) in files.items():
+        try:
+            whole = (path / name).stat().st_size == size and hash_file(path / name) == digest
+        except (OSError, DataError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error})") from error
+        if not whole:
+            raise CheckpointError(f"{path}: {name} is damaged: its checksum differs from the one in {META}")
+    return Checkpoint(path, meta)
+
+
+def find_checkpoint(run: Path, *, warn: Callable[[str], None], set_aside: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None if a run has none.
+
+    Damaged ones are reported through `warn`, and renamed to `step-XXXXXXXX.damaged` with `set_aside`. Raises
+    `CheckpointError` if there are some and all are damaged.
+    """
+    candidates = list_checkpoints(run)[::-1]
+    for path in candidates:
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"{error}; trying an earlier checkpoint")
+            if set_aside:
+                path.rename(path.with_name(f"{path.name}.damaged"))
+    if candidates:
+        raise CheckpointError(f"{run}: none of {len(candidates)} checkpoints is whole")
+    return None
+
+
+def prune_checkpoints(run: Path, spec: CheckpointSpec) -> list[Path]:
+    """Delete what the recipe does not keep; the newest always stays."""
+    checkpoints = list_checkpoints(run)
+    newest = set(checkpoints[-spec.keep_last :])
+    removed = []
+    for path in checkpoints:
+        step = int(path.name.removeprefix("step-"))
+        if path in newest or (spec.keep_every is not None and step % spec.keep_every == 0):
+            continue
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+        removed.append(path)
+    return removed

@@ -1,0 +1,151 @@
+"""One optimiser step, and everything that must be remembered to take the next one.
+
+A `Trainer` knows nothing of files, data or commands: it is handed batches. A step either happens whole or not at all; when
+it is interrupted between micro-batches, weights, optimiser and random state are those of the step before.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeut_compose.train.optim import build_optimizer, clip_gradients
+from moeut_compose.train.schedule import lr_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from moeut_compose.spec.recipe import OptimizerSpec, ScheduleSpec
+    from moeut_compose.train.device import Precision
+
+
+class Trainer:
+    """Model, optimiser, loss scale and step count."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerSpec,
+        schedule: ScheduleSpec,
+        steps: int,
+        clip_norm: float | None,
+        precision: Precision,
+        micro_batch: int,
+    ) -> None:
+        self.model = model
+        self.step = 0
+        self.steps = steps
+        self.micro_batch = micro_batch
+        self.device = next(model.parameters()).device
+        self.optimizer = build_optimizer(model, optimizer)
+        self._base_lr = optimizer.lr
+        self._schedule = schedule
+        self._clip_norm = clip_norm
+        self._precision = precision
+        self._scaler = precision.scaler()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return lr_at(self.step, self._schedule, self._base_lr, steps=self.steps)
+
+    @property
+    def scale_is_fixed(self) -> bool:
+        """False where a float16 loss scale looks for its size, which lets gradients overflow now and then."""
+        return not self._scaler.is_enabled()
+
+    def train_step(
+        self, batch: Tensor, *, between: Callable[[float], None] = lambda share: None
+    ) -> dict[str, Tensor]:
+        """Take one optimiser step on windows `batch [B, T + 1]`.
+
+        Loss and gradient are the means over the batch, whatever the micro-batch. `between` is called after each
+        micro-batch with its share of the batch; whatever it raises undoes the step. Returns scalars on the device: `loss`,
+        its parts (`cross_entropy` and the model's own terms) and `grad_norm` before clipping.
+        """
+        self.model.train()
+        random_state = random_state_dict(self.device)
+        try:
+            values = self._accumulate(batch, between)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            load_random_state(random_state, self.device)
+            raise
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self._scaler.unscale_(self.optimizer)
+        values["grad_norm"] = clip_gradients(self.model.parameters(), self._clip_norm).detach()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return values
+
+    def _accumulate(self, batch: Tensor, between: Callable[[float], None]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for part in batch.split(self.micro_batch):
+            share = len(part) / len(batch)
+            part = part.to(self.device, non_blocking=True)
+            with self._precision.autocast():
+                out = self.model(part[:, :-1], targets=part[:, 1:])
+                loss = out.cross_entropy + sum(out.losses.values())
+            self._scaler.scale(loss * share).backward()
+            terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
+            for name, term in terms.items():
+                values[name] = values.get(name, 0.0) + term.detach() * share
+            between(share)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the weights: tensors by parameter name, numbers and random state."""
+        return {
+            "step": self.step,
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "scaler": self._scaler.state_dict(),
+            "random": random_state_dict(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; learning rate and other settings stay those of this trainer."""
+        self.step = state["step"]
+        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        if self._scaler.is_enabled() and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        load_random_state(state["random"], self.device)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The optimiser's tensors under parameter names."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """The reverse of `optimizer_state`."""
+    current = optimizer.state_dict()
+    names = {id(p): name for name, p in model.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    current["state"] = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    optimizer.load_state_dict(current)
+
+
+def random_state_dict(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator that a step may draw from."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def load_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """The reverse of `random_state_dict`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

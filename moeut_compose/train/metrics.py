@@ -1,0 +1,107 @@
+"""Metrics: running means between rows, and the files that rows go to.
+
+`metrics.jsonl` is the record and only ever appended to; `metrics.csv` is the same table, written anew from it. A resumed
+run drops the rows after its checkpoint, so the files are those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeut_compose.data.files import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+Row = dict[str, Any]
+
+
+class RunningMeans:
+    """Means of named scalars over the steps since the last row, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Count one step."""
+        self.count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+
+    def means(self) -> dict[str, float]:
+        return {name: total.item() / self.count for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        self.count = 0
+        self._sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": {name: total.item() for name, total in self._sums.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
+
+
+class MetricsLog:
+    """The metrics files of a run."""
+
+    def __init__(self, folder: Path, *, keep_until: int) -> None:
+        """Open the files of a run folder, dropping rows of steps after `keep_until` and torn lines."""
+        self._jsonl = folder / "metrics.jsonl"
+        self._csv = folder / "metrics.csv"
+        self.rows = [row for row in read_rows(self._jsonl) if row["step"] <= keep_until]
+        write_atomically(self._jsonl, "".join(_line(row) for row in self.rows).encode())
+        self._file = self._jsonl.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Add a row, at once visible to readers of the file."""
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Force the rows to disk and bring the CSV file up to date."""
+        os.fsync(self._file.fileno())
+        write_atomically(self._csv, as_csv(self.rows).encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line torn by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def as_csv(rows: list[Row]) -> str:
+    """Rows as CSV; the columns are all keys in order of first appearance, and cells of missing keys are empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"

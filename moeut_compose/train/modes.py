@@ -1,0 +1,36 @@
+"""Process-wide switches of a run, put back afterwards."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import moeut_kernels
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moeut_compose.blocks.model import LanguageModel
+    from moeut_compose.spec.recipe import RecipeSpec
+
+
+@contextmanager
+def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
+    """Choose the implementation of the expert products and determinism, as a recipe asks."""
+    with ExitStack() as stack:
+        if recipe.backend != "auto":
+            stack.enter_context(moeut_kernels.use_backend(recipe.backend))
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+        yield
+
+
+def compile_layers(model: LanguageModel) -> None:
+    """Compile every layer with weights of its own, once, however often it runs."""
+    for stage in model.stages:
+        for layer in stage.layers:
+            layer.compile()

@@ -1,0 +1,165 @@
+"""What a training run will be, in numbers, before any data is touched."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeut_compose.measure.macs import count_macs
+from moeut_compose.measure.params import count_params
+from moeut_compose.train.device import choose_device, choose_precision, describe_device, free_memory
+from moeut_compose.train.errors import TrainError
+from moeut_compose.train.memory import MemoryEstimate, activation_bytes, choose_micro_batch, estimate_memory
+from moeut_compose.train.schedule import lr_at
+
+if TYPE_CHECKING:
+    from moeut_compose.spec.model import ModelSpec
+    from moeut_compose.spec.recipe import RecipeSpec
+    from moeut_compose.train.device import PrecisionName
+
+_FLOPS_PER_MAC = 6
+"""One multiplication and one addition, forward and twice backward."""
+_CPU_EFFICIENCY = 0.35
+"""Share of the speed of a large matrix product that a training step reaches on a CPU."""
+_CURVE_POINTS = 48
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The numbers of a run."""
+
+    architecture: str
+    recipe: str
+    device: str
+    device_name: str
+    precision: PrecisionName
+    params: int
+    active_params: int
+    macs_per_token: int
+    context: int
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    memory: MemoryEstimate
+    free_memory: int | None
+    """Bytes free on the device now; None where the system does not tell."""
+    lr_curve: list[tuple[int, float]]
+    """Learning rate before some 0-based steps, first and last included."""
+    seconds: float | None
+    """Expected duration of the training steps; None on devices whose speed is not known beforehand."""
+    notes: list[str]
+    """What a person should know before starting."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+
+
+def plan_training(
+    spec: ModelSpec, recipe: RecipeSpec, *, device: str | torch.device = "auto"
+) -> TrainingPlan:
+    """Work out a run. Builds no data and no weights. Raises `TrainError` if recipe and architecture do not fit."""
+    place = choose_device(device)
+    precision = choose_precision(recipe.precision, place).name
+    context = context_of(spec, recipe)
+    steps = recipe.num_steps(context)
+    params = count_params(spec)
+    per_sequence = activation_bytes(spec, context, precision)
+    free = free_memory(place)
+    micro = recipe.batch.micro
+    if micro == "auto":
+        micro = choose_micro_batch(
+            recipe.batch.size,
+            per_sequence=per_sequence,
+            n_params=params.total,
+            context=context,
+            device=place,
+            free=free,
+        )
+    memory = estimate_memory(params.total, per_sequence, micro, precision)
+    tokens_per_step = recipe.batch.size * context
+    macs = count_macs(spec, context).total_per_token
+    seconds = None
+    if place.type == "cpu":
+        seconds = steps * tokens_per_step * macs * _FLOPS_PER_MAC / (measure_cpu_flops() * _CPU_EFFICIENCY)
+    return TrainingPlan(
+        architecture=spec.name,
+        recipe=recipe.name,
+        device=str(place),
+        device_name=describe_device(place),
+        precision=precision,
+        params=params.total,
+        active_params=params.active_per_token,
+        macs_per_token=macs,
+        context=context,
+        batch_size=recipe.batch.size,
+        micro_batch=micro,
+        accumulation=-(-recipe.batch.size // micro),
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        memory=memory,
+        free_memory=free,
+        lr_curve=lr_curve(recipe, steps),
+        seconds=seconds,
+        notes=_notes(recipe, steps, tokens_per_step, memory, free),
+    )
+
+
+def context_of(spec: ModelSpec, recipe: RecipeSpec) -> int:
+    """Tokens of a training window. Raises `TrainError` if the recipe asks for more than the architecture has."""
+    context = recipe.context or spec.context_length
+    if context > spec.context_length:
+        raise TrainError(
+            f"recipe.context={context} exceeds the architecture's context_length={spec.context_length}; "
+            f"lower it, or set context_length={context}"
+        )
+    return context
+
+
+def lr_curve(recipe: RecipeSpec, steps: int) -> list[tuple[int, float]]:
+    """The learning rate at evenly spread steps, at the end of the warm-up, and at the last step."""
+    wanted = {round(i * (steps - 1) / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)}
+    if recipe.schedule.warmup_steps < steps:
+        wanted.add(recipe.schedule.warmup_steps)
+    lr = recipe.optimizer.lr
+    return [(step, lr_at(step, recipe.schedule, lr, steps=steps)) for step in sorted(wanted)]
+
+
+def measure_cpu_flops(size: int = 768) -> float:
+    """Speed of a float32 matrix product on this CPU, in FLOP/s; takes about a tenth of a second."""
+    a = torch.ones(size, size)
+    torch.mm(a, a)
+    start = time.perf_counter()
+    n = 0
+    while time.perf_counter() - start < 0.1:
+        torch.mm(a, a)
+        n += 1
+    return 2 * size**3 * n / (time.perf_counter() - start)
+
+
+def _notes(
+    recipe: RecipeSpec, steps: int, tokens_per_step: int, memory: MemoryEstimate, free: int | None
+) -> list[str]:
+    notes = []
+    if recipe.schedule.warmup_steps >= steps:
+        notes.append(
+            f"the warm-up ({recipe.schedule.warmup_steps} steps) is not shorter than the run ({steps} steps), "
+            "so the peak learning rate is not held; set schedule.warmup_steps"
+        )
+    limit = recipe.data.max_tokens
+    if limit is not None and steps * tokens_per_step > limit:
+        notes.append(
+            f"{steps * tokens_per_step:,} training tokens repeat the {limit:,} tokens of data.max_tokens"
+        )
+    if free is not None and memory.total > free:
+        notes.append(
+            f"the step needs about {memory.total / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; it may not fit"
+        )
+    return notes

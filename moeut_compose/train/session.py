@@ -1,0 +1,364 @@
+"""The main loop of a run: steps, metrics, evaluations, checkpoints, and the way out.
+
+What is due after a step depends on the step number and on what is on disk alone. So a run that was stopped anywhere does
+after resuming what it would have done without the stop.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeut_compose.data.order import windows_of_step
+from moeut_compose.evaluate.perplexity import Perplexity, measure_perplexity
+from moeut_compose.generate import generate
+from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder
+from moeut_compose.train.device import choose_precision, used_memory
+from moeut_compose.train.errors import Interrupted, TrainError, TrainingDiverged
+from moeut_compose.train.folder import PLOTS
+from moeut_compose.train.loop import Trainer
+from moeut_compose.train.metrics import MetricsLog, RunningMeans
+from moeut_compose.train.modes import compile_layers
+from moeut_compose.train.plot import plot_loss
+from moeut_compose.train.signals import StopRequested
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from moeut_compose.blocks.model import LanguageModel
+    from moeut_compose.data.prepare import PreparedData
+    from moeut_compose.progress import Reporter, Task
+    from moeut_compose.spec.recipe import RecipeSpec
+    from moeut_compose.train.checkpoint import Checkpoint
+    from moeut_compose.train.plan import TrainingPlan
+    from moeut_compose.train.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run came to."""
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    tokens: int
+    loss: float
+    """Training cross entropy at the last row of the metrics."""
+    validation: Perplexity
+    sample: str
+    plot: Path
+    seconds: float
+
+
+class Session:
+    """One process working on one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: LanguageModel,
+        recipe: RecipeSpec,
+        plan: TrainingPlan,
+        data: PreparedData,
+        *,
+        architecture: str,
+        stop: StopSignal,
+        reporter: Reporter,
+    ) -> None:
+        self._folder = folder
+        self._model = model
+        self._recipe = recipe
+        self._plan = plan
+        self._data = data
+        self._architecture = architecture
+        self._stop = stop
+        self._reporter = reporter
+        self._device = next(model.parameters()).device
+        self._means = RunningMeans()
+        self._clock = _Clock(self._device)
+        self._log: MetricsLog | None = None
+        self._last: dict[str, Tensor] = {}
+        self._trainer = Trainer(
+            model,
+            optimizer=recipe.optimizer,
+            schedule=recipe.schedule,
+            steps=plan.steps,
+            clip_norm=recipe.clip_norm,
+            precision=choose_precision(recipe.precision, self._device),
+            micro_batch=plan.micro_batch,
+        )
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Take up a checkpoint, or start from fresh weights."""
+        if checkpoint is None:
+            torch.manual_seed(self._recipe.seed)
+            random.seed(self._recipe.seed)
+        else:
+            checkpoint.load_weights(self._model)
+            state = checkpoint.load_state()
+            self._trainer.load_state_dict(state["trainer"])
+            self._means.load_state_dict(state["means"])
+            if self._recipe.batch.micro == "auto" and state["device"] == self._device.type:
+                self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
+        if self._recipe.compile is True:
+            compile_layers(self._model)
+        self._log = MetricsLog(self._folder, keep_until=self._trainer.step)
+
+    @property
+    def log(self) -> MetricsLog:
+        assert self._log is not None, "begin comes first"
+        return self._log
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def run(self) -> TrainResult:
+        """Train to the end. Raises `Interrupted` after saving a checkpoint, or `TrainingDiverged` without."""
+        trainer, start = self._trainer, time.monotonic()
+        with self._stop.deferred():
+            try:
+                self._train()
+                validation = self._evaluate()
+            except StopRequested as request:
+                self.log.flush()
+                raise Interrupted(request.signum, checkpoint=self._saved()) from request
+            losses = [row["cross_entropy"] for row in self.log.rows if row["event"] == "train"]
+            return TrainResult(
+                folder=self._folder,
+                checkpoint=self._saved(),
+                step=trainer.step,
+                tokens=trainer.step * self._plan.tokens_per_step,
+                loss=losses[-1],
+                validation=validation,
+                sample=self._write_sample(),
+                plot=plot_loss(
+                    self.log.rows,
+                    self._folder / PLOTS,
+                    title=f"{self._plan.architecture}, {self._plan.recipe}",
+                ),
+                seconds=time.monotonic() - start,
+            )
+
+    def _train(self) -> None:
+        """Take the steps that are left, and save the last."""
+        trainer = self._trainer
+        self._do_what_is_due()
+        self._clock.reset()
+        with self._reporter.task("training", total=trainer.steps, done=trainer.step) as task:
+            while trainer.step < trainer.steps:
+                self._take_step(task)
+                self._do_what_is_due()
+        self._saved()
+
+    def _take_step(self, task: Task) -> None:
+        trainer, recipe, context = self._trainer, self._recipe, self._plan.context
+        n_windows = self._data.train.n_windows(context)
+        windows = windows_of_step(trainer.step, recipe.batch.size, n_windows, recipe.seed, recipe.order)
+        batch = torch.from_numpy(self._data.train.windows(windows, context))
+        self._last = self._fitting_step(batch, task)
+        self._clock.count(batch.shape[0] * context)
+        self._means.add({name: value for name, value in self._last.items() if name != "grad_norm"})
+        due = trainer.step % recipe.logging.interval == 0 or trainer.step == trainer.steps
+        detail = ""
+        if due:
+            row = self._write_row()
+            detail = f"loss {row['cross_entropy']:.3f}  {_short(row['tokens_per_second'])} tokens/s"
+        elif self._device.type == "cpu":  # elsewhere reading the loss would make the device wait
+            speed = self._clock.tokens_per_second()
+            detail = f"loss {self._last['cross_entropy'].item():.3f}  {_short(speed)} tokens/s"
+        task.advance(0, detail=detail)
+
+    def _fitting_step(self, batch: Tensor, task: Task) -> dict[str, Tensor]:
+        """One step; where memory is short and the recipe leaves the choice, with smaller micro-batches."""
+
+        def between(share: float) -> None:
+            task.advance(share)
+            self._stop.poll()
+
+        trainer = self._trainer
+        while True:
+            try:
+                return trainer.train_step(batch, between=between)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            if self._recipe.batch.micro != "auto" or trainer.micro_batch == 1:
+                raise TrainError(
+                    f"out of memory at step {trainer.step} with micro-batches of {trainer.micro_batch} x "
+                    f"{self._plan.context} tokens; set recipe.batch.micro or recipe.context lower ({reason})"
+                )
+            torch.cuda.empty_cache()
+            trainer.micro_batch = -(-trainer.micro_batch // 2)
+            self._reporter.warn(
+                f"out of memory; going on with micro-batches of {trainer.micro_batch} sequences"
+            )
+
+    def _do_what_is_due(self) -> None:
+        """Save and evaluate, if this step asks for it and it is not done yet."""
+        step, steps = self._trainer.step, self._trainer.steps
+        every = self._recipe.checkpoint.interval
+        if step and every and step % every == 0:
+            self._saved()
+        every = self._recipe.evaluation.interval
+        if step and every and step % every == 0 and step < steps:
+            self._evaluate()
+
+    def _write_row(self) -> dict[str, Any]:
+        """A row of means over the steps since the last one. Raises `TrainingDiverged` unless they are numbers."""
+        self._refuse_nonsense()
+        step = self._trainer.step
+        row = {
+            "event": "train",
+            "step": step,
+            "tokens": step * self._plan.tokens_per_step,
+            **self._means.means(),
+            "lr": self._trainer.optimizer.param_groups[0]["lr"],
+            "grad_norm": self._last["grad_norm"].item(),
+            "tokens_per_second": self._clock.tokens_per_second(),
+            "memory_bytes": used_memory(self._device),
+        }
+        self._means.clear()
+        self._clock.reset()
+        self.log.append(row)
+        return row
+
+    def _refuse_nonsense(self) -> None:
+        values = dict(self._means.means())
+        if (
+            self._last and self._trainer.scale_is_fixed
+        ):  # a float16 loss scale is expected to overflow now and then
+            values["grad_norm"] = self._last["grad_norm"].item()
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if wrong:
+            found = ", ".join(f"{name} {value}" for name, value in wrong.items())
+            raise TrainingDiverged(
+                f"training diverged by step {self._trainer.step}: {found}; the last checkpoint is from before; try a lower "
+                "optimizer.lr, a longer schedule.warmup_steps or a smaller clip_norm"
+            )
+
+    def _saved(self) -> Path:
+        """The checkpoint of this step, written now if it is not there."""
+        path = step_folder(self._folder, self._trainer.step)
+        if not path.is_dir():
+            with self._clock.paused():
+                self._save()
+        return path
+
+    def _save(self) -> None:
+        self._refuse_nonsense()
+        trainer = self._trainer
+        self.log.flush()
+        save_checkpoint(
+            self._folder,
+            step=trainer.step,
+            model=self._model,
+            state={
+                "trainer": trainer.state_dict(),
+                "means": self._means.state_dict(),
+                "micro_batch": trainer.micro_batch,
+                "device": self._device.type,
+            },
+            architecture=self._architecture,
+            meta={"tokens": trainer.step * self._plan.tokens_per_step, "data": self._data.identity},
+        )
+        prune_checkpoints(self._folder, self._recipe.checkpoint)
+
+    def _evaluate(self) -> Perplexity:
+        """Perplexity at this step, from the metrics if it is there already."""
+        step = self._trainer.step
+        for row in self.log.rows:
+            if row["event"] == "validation" and row["step"] == step:
+                return _from_columns(row)
+        context, windows = self._plan.context, self._recipe.evaluation.windows
+        available = self._data.validation.n_windows(context)
+        count = available if windows is None else min(windows, available)
+
+        def between(n: int) -> None:
+            task.advance(n)
+            self._stop.poll()
+
+        with self._clock.paused(), self._reporter.task("evaluating", total=count) as task:
+            result = measure_perplexity(
+                self._model,
+                self._data.validation,
+                context=context,
+                windows=count,
+                batch_size=self._trainer.micro_batch,
+                between=between,
+            )
+        row = {"event": "validation", "step": step, "tokens": step * self._plan.tokens_per_step}
+        self.log.append(row | _columns(result))
+        self.log.flush()
+        self._reporter.note(f"step {step:,}: validation perplexity {result.perplexity:.2f}")
+        return result
+
+    def _write_sample(self) -> str:
+        evaluation = self._recipe.evaluation
+        return generate(
+            self._model,
+            self._data.tokenizer,
+            evaluation.prompt,
+            max_new_tokens=evaluation.sample_tokens,
+            top_k=50,
+            seed=self._recipe.seed,
+        )
+
+
+class _Clock:
+    """Time and tokens since the last row of metrics, without evaluating and saving."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self._began = time.perf_counter()
+        self._paused = 0.0
+        self._tokens = 0
+
+    def count(self, n_tokens: int) -> None:
+        self._tokens += n_tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def tokens_per_second(self) -> float:
+        """Meaningful once the device has been waited for, as reading any of its numbers does."""
+        seconds = time.perf_counter() - self._began - self._paused
+        return self._tokens / seconds if seconds > 0 else 0.0
+
+
+def _columns(result: Perplexity) -> dict[str, Any]:
+    """A result as columns of the metrics, where `tokens` already means those trained on."""
+    columns = result.to_dict()
+    return {"validation_tokens" if name == "tokens" else name: value for name, value in columns.items()}
+
+
+def _from_columns(row: dict[str, Any]) -> Perplexity:
+    names = Perplexity.__dataclass_fields__
+    return Perplexity(**{name: row["validation_tokens" if name == "tokens" else name] for name in names})
+
+
+def _short(number: float) -> str:
+    """1234 as 1.2k."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{suffix}"
+    return f"{number:.0f}"
