@@ -1,0 +1,143 @@
+"""How long a whole training step takes: forward, backward, clipping, optimiser.
+
+The step is the one that `train` takes. Tokens are random and rotate over several batches. On CUDA each step is timed by
+events, and the allocator's peak is read; elsewhere the wall clock serves.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moeut_compose.build import build_model
+from moeut_compose.measure.macs import count_macs
+from moeut_compose.spec.model import ModelSpec
+from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule
+from moeut_compose.train.device import choose_precision, describe_device
+from moeut_compose.train.loop import Trainer
+from moeut_compose.train.modes import compile_layers
+
+N_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Times of one training step; `model_tflops` counts three forward passes of exact MACs, two FLOPs each."""
+
+    name: str
+    device: str
+    batch: int
+    seq_len: int
+    micro_batch: int
+    precision: str
+    compiled: bool
+    ms: float
+    """Median over the measured steps."""
+    ms_low: float
+    ms_high: float
+    tokens_per_second: float
+    model_tflops: float
+    peak_gib: float | None
+    first_step_seconds: float
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_step(
+    spec: ModelSpec,
+    *,
+    batch: int,
+    seq_len: int,
+    micro_batch: int | None = None,
+    device: torch.device,
+    compiled: bool,
+    steps: int = 15,
+    warmup: int = 5,
+    profile: Callable[[Any], None] | None = None,
+) -> StepTiming:
+    """Build `spec` on `device` and time training steps on random tokens `[batch, seq_len + 1]`.
+
+    `profile` is handed a finished `torch.profiler.profile` of two further steps.
+    """
+    precision = choose_precision("auto", device)
+    model = build_model(spec, device=device)
+    if compiled:
+        compile_layers(model)
+    trainer = Trainer(
+        model,
+        optimizer=AdamWSpec(),
+        schedule=CosineSchedule(warmup_steps=0, period=100_000),
+        steps=100_000,
+        clip_norm=0.25,
+        precision=precision,
+        micro_batch=micro_batch or batch,
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device) for _ in range(N_BATCHES)
+    ]
+    started = time.monotonic()
+    trainer.train_step(batches[0])
+    _synchronize(device)
+    first = time.monotonic() - started
+    for index in range(warmup):
+        trainer.train_step(batches[index % N_BATCHES])
+    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times, loss = [], float("nan")
+    for index in range(steps):
+        elapsed, values = _timed(lambda index=index: trainer.train_step(batches[index % N_BATCHES]), device)
+        times.append(elapsed)
+        loss = float(values["loss"])
+    if profile is not None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for index in range(2):
+                trainer.train_step(batches[index])
+            _synchronize(device)
+        profile(profiler)
+    ms, tokens = statistics.median(times), batch * seq_len
+    macs = count_macs(spec, seq_len).total_per_token
+    return StepTiming(
+        name=spec.name,
+        device=describe_device(device),
+        batch=batch,
+        seq_len=seq_len,
+        micro_batch=micro_batch or batch,
+        precision=precision.name,
+        compiled=compiled,
+        ms=ms,
+        ms_low=min(times),
+        ms_high=max(times),
+        tokens_per_second=1e3 * tokens / ms,
+        model_tflops=6e-9 * macs * tokens / ms,
+        peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        first_step_seconds=first,
+        loss=loss,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(step: Callable[[], dict[str, torch.Tensor]], device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
+    """Milliseconds of one step, and what it returned."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        values = step()
+        return 1e3 * (time.perf_counter() - started), values
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    values = step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), values
