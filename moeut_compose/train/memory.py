@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from moeut_compose.blocks.cross_entropy import CHUNK
 from moeut_compose.build import build_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.train.device import PrecisionName
 
@@ -40,12 +42,29 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def activation_bytes(spec: ModelSpec, context: int, precision: PrecisionName) -> int:
-    """Bytes that one training sequence keeps for its backward pass, traced without allocating anything."""
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass keeps for its backward pass, and what both need besides."""
+
+    fixed: int
+    per_sequence: int
+
+    def of(self, micro_batch: int) -> int:
+        return self.fixed + self.per_sequence * micro_batch
+
+
+def trace_activations(spec: ModelSpec, context: int, precision: PrecisionName) -> Activations:
+    """What a training step keeps, traced on the meta device, where nothing is allocated."""
     model = build_model(spec, device="meta").train()
+    one, two = (_kept_bytes(model, spec, batch_size, context) for batch_size in (1, 2))
+    share = _MARGIN * (1.0 if precision == "fp32" else _MIXED_SHARE)
+    logits = 3 * 4 * CHUNK * spec.vocab_size
+    return Activations(fixed=max(0, 2 * one - two) + logits, per_sequence=round(share * (two - one)))
+
+
+def _kept_bytes(model: LanguageModel, spec: ModelSpec, batch_size: int, context: int) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in model.state_dict(keep_vars=True).values()}
     kept: dict[int, Tensor] = {}
-    is_fused = all(member.position.kind != "relative" for member in spec.members())
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -53,13 +72,12 @@ def activation_bytes(spec: ModelSpec, context: int, precision: PrecisionName) ->
             kept.setdefault(storage._cdata, tensor)
         return tensor
 
-    ids = torch.zeros(1, context, dtype=torch.long, device="meta")
+    ids = torch.zeros(batch_size, context, dtype=torch.long, device="meta")
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(ids, targets=ids)
+    is_fused = all(member.position.kind != "relative" for member in spec.members())
     held = [tensor for tensor in kept.values() if not (is_fused and _is_attention_map(tensor, context))]
-    saved = sum(tensor.untyped_storage().nbytes() for tensor in held)
-    logits = 2 * 4 * context * spec.vocab_size
-    return round(_MARGIN * (logits + saved * (1.0 if precision == "fp32" else _MIXED_SHARE)))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
 
 def _is_attention_map(tensor: Tensor, context: int) -> bool:
@@ -68,7 +86,7 @@ def _is_attention_map(tensor: Tensor, context: int) -> bool:
 
 
 def estimate_memory(
-    n_params: int, per_sequence: int, micro_batch: int, precision: PrecisionName
+    n_params: int, activations: Activations, micro_batch: int, precision: PrecisionName
 ) -> MemoryEstimate:
     """Memory of a training step with float32 weights, gradients and two AdamW moments."""
     copies = 0 if precision == "fp32" else 2 * n_params
@@ -76,12 +94,18 @@ def estimate_memory(
         weights=4 * n_params + copies,
         gradients=4 * n_params,
         optimizer=8 * n_params,
-        activations=micro_batch * per_sequence,
+        activations=activations.of(micro_batch),
     )
 
 
 def choose_micro_batch(
-    batch_size: int, *, per_sequence: int, n_params: int, context: int, device: torch.device, free: int | None
+    batch_size: int,
+    *,
+    activations: Activations,
+    n_params: int,
+    context: int,
+    device: torch.device,
+    free: int | None,
 ) -> int:
     """The largest even share of a batch that fits into the memory of a device.
 
@@ -91,7 +115,7 @@ def choose_micro_batch(
     if device.type == "cpu":
         limit = min(limit, max(1, _CPU_TOKENS // context))
     if free is not None:
-        room = free * _USABLE.get(device.type, 0.9) - 18 * n_params
-        limit = min(limit, max(1, int(room // per_sequence)))
+        room = free * _USABLE.get(device.type, 0.9) - 18 * n_params - activations.fixed
+        limit = min(limit, max(1, int(room // activations.per_sequence)))
     n_parts = -(-batch_size // limit)
     return -(-batch_size // n_parts)

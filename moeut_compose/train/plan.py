@@ -12,7 +12,7 @@ from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
 from moeut_compose.train.device import choose_device, choose_precision, describe_device, free_memory
 from moeut_compose.train.errors import TrainError
-from moeut_compose.train.memory import MemoryEstimate, activation_bytes, choose_micro_batch, estimate_memory
+from moeut_compose.train.memory import MemoryEstimate, choose_micro_batch, estimate_memory, trace_activations
 from moeut_compose.train.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -70,19 +70,19 @@ def plan_training(
     context = context_of(spec, recipe)
     steps = recipe.num_steps(context)
     params = count_params(spec)
-    per_sequence = activation_bytes(spec, context, precision)
+    activations = trace_activations(spec, context, precision)
     free = free_memory(place)
     micro = recipe.batch.micro
     if micro == "auto":
         micro = choose_micro_batch(
             recipe.batch.size,
-            per_sequence=per_sequence,
+            activations=activations,
             n_params=params.total,
             context=context,
             device=place,
             free=free,
         )
-    memory = estimate_memory(params.total, per_sequence, micro, precision)
+    memory = estimate_memory(params.total, activations, micro, precision)
     tokens_per_step = recipe.batch.size * context
     macs = count_macs(spec, context).total_per_token
     seconds = None
