@@ -130,7 +130,7 @@ def _validated(model: type[AnySpec], reader: "_Reader", tree: MapNode | None, ov
         else:
             if not problems:
                 return spec
-    files = list(dict.fromkeys(problem.file for problem in problems))
+    files = list(dict.fromkeys([*reader.files, *(problem.file for problem in problems)]))
     raise SpecError(sorted(problems, key=lambda p: (files.index(p.file), p.line, p.column)))
 
 
@@ -141,6 +141,7 @@ class _Reader:
         self.kind = kind
         self.shape = shape
         self.problems: list[Problem] = []
+        self.files: list[str] = []
         self.is_partial = False
         """True when a file could not be read or found, so that keys may be missing for this reason alone."""
         self._open: list[Path] = []
@@ -148,6 +149,7 @@ class _Reader:
 
     def file(self, path: Path) -> MapNode | None:
         """The tree of one file with everything it extends below it; None if the file cannot be used."""
+        self.files.append(shown(path))
         document = read_document(path, shown(path))
         return self._merged(document.root, document.problems, path)
 

@@ -174,8 +174,10 @@ def _reachable(base: Node | None, patch: Reach, shape: Shape) -> Node | None:
     if base is not None and not is_null(base):
         return base
     default = shape.default_data()
-    if isinstance(default, list) and len(default) == 1 and not all(key.isdecimal() for key in patch.entries):
-        default = default[0]  # a field that takes one or many
+    if isinstance(default, list) and len(default) == 1 and isinstance(default[0], dict):
+        known = {**default[0], "kind": None}
+        if any(key in known for key in patch.entries):
+            default = default[0]  # the field takes one or many, and one is meant
     if not isinstance(default, dict | list):
         return None
     return planted(default, patch.place)

@@ -25,6 +25,7 @@ MAX_NODES = 200_000
 MAX_DEPTH = 40
 
 _TAG = "tag:yaml.org,2002:"
+_MEANINGS = ("plain", "str", "int", "float", "bool", "null", "map", "seq")
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _INT = re.compile(rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?")
@@ -165,7 +166,7 @@ class _TreeReader:
         return "aliases unfold to more than a spec holds" if self._n_nodes > MAX_NODES else ""
 
     def _read(self, node: yaml.Node, place: Place) -> Node:
-        if not node.tag.startswith(_TAG):
+        if node.tag.removeprefix(_TAG) not in _MEANINGS:
             self._complain(place, f"tag {node.tag} has no meaning in a spec")
         match node:
             case yaml.MappingNode():
