@@ -1,6 +1,28 @@
-"""What all tests share: GPU tests run where there is a GPU."""
+"""What all tests share: GPU tests run where there is a GPU, and the command line can be started as a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command() -> Command:
+    """Run `moeut-compose` from this checkout in a process of its own."""
+
+    def run(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        line = [sys.executable, "-m", "moeut_compose", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=environment, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

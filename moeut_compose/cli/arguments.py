@@ -35,7 +35,7 @@ def architecture_overrides(overrides: Sequence[str]) -> list[str]:
     """The changes, none of which may be meant for a recipe."""
     architecture, recipe = split_overrides(check_overrides(overrides))
     if recipe:
-        raise wrong_usage(f"recipe.{recipe[0]}: no recipe is used here")
+        raise wrong_usage(f"{recipe[0]}: no recipe is used here")
     return architecture
 
 

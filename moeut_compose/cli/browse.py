@@ -67,7 +67,7 @@ def show(
     if not (resolved or tree or diff or as_json or overrides):
         sys.stdout.write(path.read_text(encoding="utf-8-sig"))
         return
-    loaded = load_as(model_of(kind), kind, path, _own_overrides(overrides, kind))
+    loaded = load_as(model_of(kind), kind, path, check_overrides(overrides))
     if diff is not None:
         _show_diff(loaded, _load_other(diff, kind), as_json=as_json)
     elif as_json:
@@ -107,11 +107,6 @@ def _blocks() -> list[dict[str, str]]:
         for kind in KINDS
         for family, name, model in union_members(Shape.of(model_of(kind)))
     ]
-
-
-def _own_overrides(overrides: list[str] | None, kind: Kind) -> list[str]:
-    checked = check_overrides(overrides)
-    return [override.removeprefix("recipe.") for override in checked] if kind == "recipes" else checked
 
 
 def _load_other(name: str, kind: Kind) -> Spec:

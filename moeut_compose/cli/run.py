@@ -64,18 +64,21 @@ def train(
     if out is None and way == "auto" and spec is not None and (Path(spec) / "recipe.yaml").is_file():
         out = Path(spec)
     architecture = load_spec(spec if spec is not None else str(way), architecture_changes)
-    chosen_recipe = load_recipe(recipe or DEFAULT_RECIPE, recipe_changes) if recipe else None
-
-    from moeut_compose.train.run import resume_folder
-
-    if chosen_recipe is None:
-        earlier = resume_folder(out, way)
-        chosen_recipe = load_recipe(earlier or DEFAULT_RECIPE, recipe_changes)
+    chosen_recipe = load_recipe(recipe or _earlier_recipe(out, way), recipe_changes)
     place = _device(device)
     if dry_run:
         _print_plan(architecture, chosen_recipe, place, as_json=as_json)
     else:
         _train(architecture, chosen_recipe, out, way, place, as_json=as_json)
+
+
+def _earlier_recipe(out: Path | None, resume: "Resume") -> str:
+    """The recipe of the run that is gone on with, or the default one."""
+    if out is None and not isinstance(resume, Path):
+        return DEFAULT_RECIPE
+    from moeut_compose.train.folder import resume_folder
+
+    return str(resume_folder(out, resume) or DEFAULT_RECIPE)
 
 
 def _train(

@@ -215,6 +215,8 @@ def _shown(node: Node) -> str:
 
 def _hint(error: _Located) -> str:
     node = error.node
+    if error.type in ("model_type", "model_attributes_type", "dict_type") and error.shape.kinds():
+        return f"; give it a kind, one of {', '.join(error.shape.kinds())}"
     if not isinstance(node, Scalar):
         return ""
     if isinstance(node.value, str) and node.text.lower() in _BOOLEAN_WORDS and error.type.startswith("bool"):
@@ -225,8 +227,6 @@ def _hint(error: _Located) -> str:
         return f"; quote it: '{node.text}'"
     if isinstance(node.value, str) and error.type.startswith(("int", "float")) and _is_number(node.text):
         return "; it is quoted, and so it is text: remove the quotes"
-    if error.type in ("model_type", "model_attributes_type", "dict_type") and error.shape.kinds():
-        return f"; such as {{kind: {error.shape.kinds()[0]}}}"
     return ""
 
 

@@ -43,6 +43,7 @@ __all__ = ["NotFound", "Problem", "SpecError", "dump_yaml", "load_recipe", "load
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
+RECIPE_PREFIX = "recipe."
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _SHARED_KEYS = {"version", "name", "description", "kind"}
 
@@ -56,7 +57,10 @@ def load_spec(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ModelS
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> "RecipeSpec":
-    """Read, override and validate a recipe: a name, a YAML file or a run folder. Raises as `load_spec` does."""
+    """Read, override and validate a recipe: a name, a YAML file or a run folder. Raises as `load_spec` does.
+
+    Overrides may begin with `recipe.`, as they do where an architecture's stand beside them.
+    """
     from moeut_compose.spec.recipe import RecipeSpec
 
     return load_as(RecipeSpec, "recipes", name_or_path, overrides)
@@ -86,12 +90,11 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, file: str = "<text>"
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the architecture, and those of the recipe (`recipe.key=value`) without their prefix."""
+    """Overrides of the architecture, and those of the recipe (`recipe.key=value`)."""
     architecture: list[str] = []
     recipe: list[str] = []
     for override in overrides:
-        is_recipe = override.startswith("recipe.")
-        (recipe if is_recipe else architecture).append(override.removeprefix("recipe."))
+        (recipe if override.startswith(RECIPE_PREFIX) else architecture).append(override)
     return architecture, recipe
 
 
@@ -117,7 +120,7 @@ def _validated(model: type[AnySpec], reader: "_Reader", tree: MapNode | None, ov
     problems = reader.problems
     if tree is not None:
         whole: Node = tree
-        for patch in _override_patches(overrides, problems):
+        for patch in _override_patches(overrides, reader.kind, problems):
             whole = lay_over(whole, patch, reader.shape, (), problems)
         whole = without_nulls(whole, reader.shape)
         assert isinstance(whole, MapNode)
@@ -219,7 +222,7 @@ def _beside(child: Path, name: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _override_patches(overrides: Sequence[str], problems: list[Problem]) -> list[Reach]:
+def _override_patches(overrides: Sequence[str], kind: Kind, problems: list[Problem]) -> list[Reach]:
     patches: list[Reach] = []
     for override in overrides:
         place = Place(f"{COMMAND_LINE} {override}")
@@ -228,8 +231,9 @@ def _override_patches(overrides: Sequence[str], problems: list[Problem]) -> list
             problems.append(Problem.at(place, "", "expected key=value, such as stages.0.repeats=4"))
             continue
         key, text = match.groups()
+        key = key.removeprefix(RECIPE_PREFIX) if kind == "recipes" else key
         value, found = parse_value(text, place)
-        problems += [Problem.at(place, key, problem.message) for problem in found]
+        problems += [Problem.at(place, f"{key}.{p.path}".rstrip("."), p.message) for p in found]
         if not found:
             patches.append(reach(key, Entry(place, value)))
     return joined(patches)

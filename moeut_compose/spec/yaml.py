@@ -17,7 +17,7 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-from moeut_compose.spec.nodes import Entry, ListNode, MapNode, Node, Scalar
+from moeut_compose.spec.nodes import Entry, ListNode, MapNode, Node, Scalar, dotted
 from moeut_compose.spec.problems import Place, Problem
 
 MAX_BYTES = 4 * 2**20
@@ -144,6 +144,7 @@ class _TreeReader:
         self._file = file
         self._fixed_place = place
         self._open: list[yaml.Node] = []
+        self._path: list[str | int] = []
         self._n_nodes = 0
 
     def node(self, node: yaml.Node) -> Node:
@@ -172,7 +173,7 @@ class _TreeReader:
             case yaml.MappingNode():
                 return self._map(node, place)
             case yaml.SequenceNode():
-                return ListNode(tuple(self.node(item) for item in node.value), place)
+                return ListNode(tuple(self._at(i, item) for i, item in enumerate(node.value)), place)
             case _:
                 return self._scalar(node, place)
 
@@ -191,17 +192,17 @@ class _TreeReader:
         inherited: dict[str, Entry] = {}
         for key_node, value_node in node.value:
             key_place = self._place(key_node)
-            value = self.node(value_node)
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            value = self._at(key, value_node)
             if not isinstance(key_node, yaml.ScalarNode):
                 self._complain(key_place, "a key must be a plain word")
-            elif key_node.value == "<<" and key_node.tag == f"{_TAG}plain":
+            elif key == "<<" and key_node.tag == f"{_TAG}plain":
                 self._inherit(inherited, value, key_place)
-            elif key_node.value in entries:
-                first = entries[key_node.value].key_place.line
-                where = f"; it is on line {first} already" if first else ""
-                self._complain(key_place, f"duplicate key {key_node.value}{where}")
+            elif key in entries:
+                first = entries[key].key_place.line
+                self._complain(key_place, f"duplicate key{f'; it is on line {first} already' if first else ''}", key)
             else:
-                entries[key_node.value] = Entry(key_place, value)
+                entries[key] = Entry(key_place, value)
         return MapNode({**inherited, **entries}, place)
 
     def _inherit(self, inherited: dict[str, Entry], value: Node, place: Place) -> None:
@@ -216,8 +217,15 @@ class _TreeReader:
     def _place(self, node: yaml.Node) -> Place:
         return self._fixed_place or _place(node, self._file)
 
-    def _complain(self, place: Place, message: str) -> None:
-        self.problems.append(Problem.at(place, "", message))
+    def _at(self, key: str | int, node: yaml.Node) -> Node:
+        self._path.append(key)
+        try:
+            return self.node(node)
+        finally:
+            self._path.pop()
+
+    def _complain(self, place: Place, message: str, *below: str) -> None:
+        self.problems.append(Problem.at(place, dotted((*self._path, *below)), message))
 
 
 def _place(node: yaml.Node, file: str) -> Place:

@@ -173,7 +173,7 @@ def test_every_problem_of_every_file_is_told_once_and_where_it_stands() -> None:
     text = "extends: base\nflag: yes\nflag: no\nfigure: {kind: bix, width: 1}\nmood: b\n"
     assert complaints(text, "limit=-x", "parts.0.tagz=[]") == [
         "toy.yaml:2:7: flag: expected true or false, got the text 'yes'; yes, no, on and off are plain words here: write true",
-        "toy.yaml:3:1: duplicate key flag; it is on line 2 already",
+        "toy.yaml:3:1: flag: duplicate key; it is on line 2 already",
         "toy.yaml:4:16: figure.kind: unknown kind bix; did you mean box? (one of circle, box)",
         "toy.yaml:5:1: mood: unknown key; did you mean mode?",
         "base.yaml:2:7: size: expected a whole number, got the text 'many'",
@@ -193,7 +193,7 @@ def test_every_problem_of_every_file_is_told_once_and_where_it_stands() -> None:
         ("name: a\nmode: c", "toy.yaml:2:7: mode: expected 'a' or 'b', got the text 'c'"),
         ("name: a\nmicro: some", "toy.yaml:2:8: micro: expected a whole number or 'auto', got the text 'some'"),
         ("name: a\npair: [1]", "toy.yaml:2:7: pair.1: is missing"),
-        ("name: a\nfigure: no", "toy.yaml:2:9: figure: expected a map, got the text 'no'; such as {kind: circle}"),
+        ("name: a\nfigure: no", "toy.yaml:2:9: figure: expected a map, got the text 'no'; give it a kind, one of circle, box"),
         ("name: a\nfigure: {width: 1}", "toy.yaml:2:9: figure.kind: is missing; one of circle, box"),
         ("name: a\nfigure: {kind: box}", "toy.yaml:2:9: figure.width: is missing"),
         ("name: a\nfigure: {kind: box, widht: 3}", "toy.yaml:2:21: figure.widht: unknown key; did you mean width?"),
@@ -242,7 +242,9 @@ def test_an_override_that_is_none() -> None:
 
 def test_overrides_are_for_the_architecture_or_the_recipe() -> None:
     changes = ["d_model=3", "recipe.optimizer.lr=1e-3", "recipes=1"]
-    assert split_overrides(changes) == (["d_model=3", "recipes=1"], ["optimizer.lr=1e-3"])
+    assert split_overrides(changes) == (["d_model=3", "recipes=1"], ["recipe.optimizer.lr=1e-3"])
+    write("r.yaml", "name: r\nsteps: 1\n")
+    assert load_recipe("r.yaml", ["recipe.optimizer.lr=1e-3", "steps=2"]).optimizer.lr == 1e-3
 
 
 def test_files_below_the_current_folder_are_named_relative_to_it(tmp_path: Path) -> None:
