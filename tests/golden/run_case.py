@@ -45,8 +45,8 @@ class Case:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def read(cls, path: Path) -> Case:
-        with safe_open(str(path), "pt") as archive:
+    def read(cls, path: Path, device: str = "cpu") -> Case:
+        with safe_open(str(path), "pt", device=device) as archive:
             metadata = archive.metadata()
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}
         return cls(
@@ -76,7 +76,7 @@ class Case:
             context_length=self.tensors["tokens"].shape[-1],
             name=self.name,
         )
-        model = build_model(spec, dtype=dtype)
+        model = build_model(spec, dtype=dtype, device=self.tensors["tokens"].device)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.below("param").items()}, strict=True)
         return model
 
@@ -108,7 +108,7 @@ def run_single(case: Case, dtype: torch.dtype) -> dict[str, float]:
     model.train()
     cross_entropy = model(ids, targets=targets)
     train_logits = model(ids).logits
-    regulariser = sum(cross_entropy.losses.values(), start=torch.zeros((), dtype=dtype))
+    regulariser = sum(cross_entropy.losses.values(), start=tokens.new_zeros((), dtype=dtype))
     (cross_entropy.cross_entropy + regulariser).backward()
     model.eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def run_trajectory(case: Case, dtype: torch.dtype) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         out = model(tokens[:, :-1], targets=tokens[:, 1:])
-        regulariser = sum(out.losses.values(), start=torch.zeros((), dtype=dtype))
+        regulariser = sum(out.losses.values(), start=tokens.new_zeros((), dtype=dtype))
         optimizer.zero_grad()
         (out.cross_entropy + regulariser).backward()
         norm = clip_gradients(model.parameters(), settings["grad_clip"])
@@ -155,16 +155,16 @@ def run_trajectory(case: Case, dtype: torch.dtype) -> dict[str, float]:
         for name, value in zip(series, (lr, out.cross_entropy, regulariser, norm), strict=True):
             series[name].append(float(value.detach() if isinstance(value, Tensor) else value))
     errors = {
-        name: relative(torch.tensor(values, dtype=torch.float64), case.tensors[name].reshape(-1))
+        name: relative(torch.tensor(values, dtype=torch.float64), case.tensors[name].reshape(-1).cpu())
         for name, values in series.items()
     }
     errors["final"] = worst(dict(model.state_dict()), case.below("final"))
     return errors
 
 
-def run(path: Path, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def run(path: Path, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Any]:
     """Replay one archive and judge it."""
-    case = Case.read(path)
+    case = Case.read(path, device)
     errors = run_trajectory(case, dtype) if case.train else run_single(case, dtype)
     tolerance = TOLERANCE[dtype]
     ok = all(error <= tolerance.get(name, tolerance["default"]) for name, error in errors.items())
@@ -175,9 +175,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", type=Path, help="archives; all beside this file when none is named")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     cases = arguments.cases or sorted(Path(__file__).parent.glob("*.safetensors"))
-    results = [run(path, getattr(torch, arguments.dtype)) for path in cases]
+    results = [run(path, getattr(torch, arguments.dtype), arguments.device) for path in cases]
     for result in results:
         print(json.dumps(result))
     return 0 if all(result["ok"] for result in results) else 1

@@ -20,6 +20,13 @@ def test_agrees_with_the_original_code(path: Path, dtype: torch.dtype) -> None:
     assert result["ok"], result
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_agrees_on_a_gpu_in_float32(path: Path) -> None:
+    result = run_case.run(path, torch.float32, device="cuda")
+    assert result["ok"], result
+
+
 def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     case = run_case.Case.read(CASES[0])
     case.tensors["param.embedding.weight"][3] *= 1.001
