@@ -22,12 +22,14 @@ from moeut_compose.blocks.positions import NoPosition, Relative, Rope
 from moeut_compose.blocks.roles import FeedForward, Mixer, Position, Router
 from moeut_compose.blocks.routers import MLPRouter, SigmoidRouter, SoftmaxRouter
 from moeut_compose.blocks.stages import Stage
+from moeut_compose.blocks.steered_routers import BiasedSigmoidRouter, ReluRouter
 from moeut_compose.spec.balance import (
     BalanceSpec,
     CVSquaredSpec,
     EntropySpec,
     MutualInformationAsCodedSpec,
     MutualInformationSpec,
+    ReluL1Spec,
     SwitchSpec,
     ZLossSpec,
 )
@@ -37,7 +39,14 @@ from moeut_compose.spec.mixers import AttentionSpec, MixerSpec, MixtureOfAttenti
 from moeut_compose.spec.model import Member, ModelSpec
 from moeut_compose.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 from moeut_compose.spec.positions import NoPositionSpec, PositionSpec, RelativeSpec, RopeSpec
-from moeut_compose.spec.routers import MLPRouterSpec, RouterSpec, SigmoidRouterSpec, SoftmaxRouterSpec
+from moeut_compose.spec.routers import (
+    BiasedSigmoidRouterSpec,
+    MLPRouterSpec,
+    ReluRouterSpec,
+    RouterSpec,
+    SigmoidRouterSpec,
+    SoftmaxRouterSpec,
+)
 from moeut_compose.spec.stages import stage_schedule
 
 
@@ -51,8 +60,9 @@ def build_model(
 ) -> LanguageModel:
     """Build `spec` with fresh weights that depend on `seed` alone, not on the device.
 
-    On the device `meta` nothing is allocated: shapes can be read and passes traced. `init=False` leaves the weights
-    as the memory was, for callers that load all of them; tables that are no weights are filled all the same.
+    On the device `meta` nothing is allocated: shapes can be read and passes traced. `init=False` leaves the
+    weights as the memory was, for callers that load all of them; tables that are no weights are filled all
+    the same.
     """
     with torch.device("meta"):
         model = _assemble(spec)
@@ -94,7 +104,7 @@ def _assemble(spec: ModelSpec) -> LanguageModel:
 
 
 def _layer_scales(spec: ModelSpec) -> list[list[float]]:
-    """The factor c of each member: sqrt(2 / depth) for pre and peri norm, 1 for post; depth counts applications."""
+    """The factor c of each member: 1 for post norm, else sqrt(2 / depth), where depth counts applications."""
     scales: list[list[float]] = [[] for _ in spec.stages]
     for member in spec.members():
         scales[member.stage].append(1.0 if member.norm.placement == "post" else math.sqrt(2.0 / spec.depth))
@@ -118,7 +128,9 @@ def build_layer(member: Member, spec: ModelSpec) -> Layer:
 
 def build_mixer(spec: MixerSpec, model: ModelSpec, position_spec: PositionSpec) -> Mixer:
     d_model = model.d_model
-    position = build_position(position_spec, n_heads=spec.n_heads, d_head=spec.d_head, n_positions=model.context_length)
+    position = build_position(
+        position_spec, n_heads=spec.n_heads, d_head=spec.d_head, n_positions=model.context_length
+    )
     match spec:
         case AttentionSpec():
             return Attention(d_model, n_heads=spec.n_heads, d_head=spec.d_head, position=position)
@@ -130,8 +142,9 @@ def build_mixer(spec: MixerSpec, model: ModelSpec, position_spec: PositionSpec) 
                     n_experts=spec.n_experts,
                     top_k=spec.top_k,
                     n_heads=spec.n_heads,
-                    equalised_rows=True,
-                    balance=build_balance(spec.balance),
+                    attention=True,
+                    expert_dropout=spec.expert_dropout,
+                    balance=build_balance(spec.balance, top_k=spec.top_k),
                 )
 
             return SwitchHead(
@@ -177,11 +190,15 @@ def build_feedforward(spec: FeedForwardSpec, d_model: int) -> FeedForward:
 def build_router(
     spec: RouterSpec, d_model: int, *, n_experts: int, top_k: int, balance: list[BalanceSpec]
 ) -> Router:
-    observed = build_balance(balance)
+    observed = build_balance(balance, top_k=top_k)
     match spec:
         case SigmoidRouterSpec():
             return SigmoidRouter(
-                d_model, n_experts=n_experts, top_k=top_k, expert_dropout=spec.expert_dropout, balance=observed
+                d_model,
+                n_experts=n_experts,
+                top_k=top_k,
+                expert_dropout=spec.expert_dropout,
+                balance=observed,
             )
         case SoftmaxRouterSpec():
             return SoftmaxRouter(
@@ -193,17 +210,44 @@ def build_router(
                 expert_dropout=spec.expert_dropout,
                 balance=observed,
             )
+        case BiasedSigmoidRouterSpec():
+            return BiasedSigmoidRouter(
+                d_model,
+                n_experts=n_experts,
+                top_k=top_k,
+                update_rate=spec.update_rate,
+                normalize=spec.normalize,
+                gate_scale=spec.scale,
+                expert_dropout=spec.expert_dropout,
+                balance=observed,
+            )
+        case ReluRouterSpec():
+            return ReluRouter(
+                d_model,
+                n_experts=n_experts,
+                top_k=top_k,
+                max_active=spec.n_slots(n_experts=n_experts, top_k=top_k),
+                expert_dropout=spec.expert_dropout,
+                balance=observed,
+            )
         case MLPRouterSpec():
-            return MLPRouter(d_model, n_experts=n_experts, top_k=top_k, n_sampled=spec.n_sampled, balance=observed)
+            return MLPRouter(
+                d_model,
+                n_experts=n_experts,
+                top_k=top_k,
+                n_sampled=spec.n_sampled,
+                expert_dropout=spec.expert_dropout,
+                balance=observed,
+            )
         case _:
             assert_never(spec)
 
 
-def build_balance(specs: list[BalanceSpec]) -> list[terms.Balance]:
-    return [_build_balance_term(spec) for spec in specs]
+def build_balance(specs: list[BalanceSpec], *, top_k: int) -> list[terms.Balance]:
+    return [_build_balance_term(spec, top_k) for spec in specs]
 
 
-def _build_balance_term(spec: BalanceSpec) -> terms.Balance:
+def _build_balance_term(spec: BalanceSpec, top_k: int) -> terms.Balance:
     match spec:
         case EntropySpec():
             return terms.Entropy(spec.weight, spec.scope)
@@ -217,6 +261,8 @@ def _build_balance_term(spec: BalanceSpec) -> terms.Balance:
             return terms.MutualInformation(spec.weight, spec.scope)
         case MutualInformationAsCodedSpec():
             return terms.MutualInformationAsCoded(spec.weight, spec.scope)
+        case ReluL1Spec():
+            return terms.ReluL1(spec.weight, spec.scope, spec.factor, top_k)
         case _:
             assert_never(spec)
 

@@ -25,7 +25,8 @@ def remember(key: Tensor, value: Tensor, past: Memory | None) -> Memory:
 def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> Tensor:
     """Softmax attention, scale 1/sqrt(d_head).
 
-    `query [B, H, T, d_head]` stands at positions `start, start + 1, ...` and sees everything up to itself in `memory`.
+    `query [B, H, T, d_head]` stands at positions `start, start + 1, ...` and sees everything up to itself in
+    `memory`.
     """
     key, value = memory
     length, n_keys = query.shape[-2], key.shape[-2]
@@ -38,4 +39,6 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> 
     visible = torch.arange(n_keys, device=query.device) <= rows[:, None]
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.masked_fill(~visible, float("-inf")))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias.masked_fill(~visible, float("-inf"))
+    )

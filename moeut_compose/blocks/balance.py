@@ -1,6 +1,7 @@
 """Balance terms: sums that a router observes, and the loss that follows from the pooled sums.
 
-All sums keep the batch dimension, `[B, H, ...]`, so that a term may be taken per sequence or over the micro-batch.
+All sums keep the batch dimension, `[B, H, ...]`, so that a term may be taken per sequence or over the
+micro-batch.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Observation(NamedTuple):
         places = self.index.transpose(1, 2).reshape(batch, heads, -1).long()
         return zeros.scatter_add(-1, places, values.transpose(1, 2).reshape(batch, heads, -1))
 
+    def load(self) -> Tensor:
+        """How many tokens use each expert, `[B, H, E]`; no gradient."""
+        return self.per_expert((self.gate > 0).to(self.logits.dtype)).detach()
+
 
 @dataclass(frozen=True)
 class Balance(ABC):
@@ -67,7 +72,7 @@ class Balance(ABC):
 
 
 class Entropy(Balance):
-    """Minus the entropy of mean expert usage, averaged over sequences and heads (arXiv:2405.16039, section 2.2)."""
+    """Minus the entropy of mean expert usage, averaged over sequences and heads (arXiv:2405.16039)."""
 
     name = "entropy"
 
@@ -82,13 +87,12 @@ class Entropy(Balance):
 
 
 class Switch(Balance):
-    """E x sum over experts of load x mean probability (arXiv:2101.03961, equation 4); the load carries no gradient."""
+    """E x sum of load x mean probability (arXiv:2101.03961, equation 4); the load carries no gradient."""
 
     name = "switch"
 
     def observe(self, seen: Observation) -> Stats:
-        counts = seen.per_expert((seen.gate > 0).to(seen.logits.dtype))
-        return {"probability": (seen.probability * seen.mass()).sum(1), "count": counts.detach()}
+        return {"probability": (seen.probability * seen.mass()).sum(1), "count": seen.load()}
 
     def loss(self, stats: Stats) -> Tensor:
         sums = self.pooled(stats)
@@ -128,7 +132,7 @@ class CVSquared(Balance):
 
 
 class MutualInformation(Balance):
-    """H(expert | token) - H(expert): minimising it maximises the mutual information (SUT, arXiv:2310.07096)."""
+    """H(expert | token) - H(expert), minus the mutual information (SUT, arXiv:2310.07096)."""
 
     name = "mutual_information"
 
@@ -154,7 +158,8 @@ class MutualInformation(Balance):
 class MutualInformationAsCoded(MutualInformation):
     """H(expert | token) + H(expert), the term of the published SUT runs.
 
-    Where no token was ever masked, the published code weighs each token with 1 / (tokens x experts), not 1 / tokens.
+    Where no token was ever masked, the published code weighs each token with 1 / (tokens x experts), not 1 /
+    tokens.
     """
 
     name = "mutual_information_as_coded"
@@ -165,3 +170,28 @@ class MutualInformationAsCoded(MutualInformation):
         mass = torch.where(sums["masked"] > 0, sums["mass"], sums["mass"] * n_experts)
         conditional, marginal = self.conditional_and_marginal(sums, mass)
         return (conditional + marginal).mean()
+
+
+@dataclass(frozen=True)
+class ReluL1(Balance):
+    """Mean ReLU score of each expert times its load over the even load top_k / E (ReMoE, arXiv:2412.14711).
+
+    The load carries no gradient. `factor` is what the router steers its coefficient with (`ReluRouter`).
+    """
+
+    name = "relu_l1"
+    factor: float
+    top_k: int
+
+    def observe(self, seen: Observation) -> Stats:
+        mass = seen.mass()
+        return {
+            "score": (seen.logits.relu() * mass).sum(1),
+            "active": ((seen.logits > 0) * mass).sum(1).detach(),
+            "mass": mass.sum(1),
+        }
+
+    def loss(self, stats: Stats) -> Tensor:
+        sums = self.pooled(stats)
+        load = sums["active"] / sums["mass"] * (sums["score"].shape[-1] / self.top_k)
+        return (load * sums["score"] / sums["mass"]).sum(-1).mean()

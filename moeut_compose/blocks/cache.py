@@ -1,7 +1,7 @@
 """Key/value cache: one entry per layer application, never per layer.
 
-A shared layer that runs nine times has nine entries, because its keys differ at every depth. The cache is a value:
-a forward pass returns a new one and leaves the old one as it was.
+A shared layer that runs nine times has nine entries, because its keys differ at every depth. The cache is a
+value: a forward pass returns a new one and leaves the old one as it was.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class DenseFeedForward(FeedForward):
 class ExpertFeedForward(FeedForward):
     """The gated sum over each token's chosen experts, plus experts that every token uses.
 
-    `up [E, D, F]` and `down [E, F, D]`; biases, where there are any, are gated with their expert. The weight of
-    `shared` experts is one.
+    `up [E, D, F]` and `down [E, F, D]`; biases, where there are any, are gated with their expert. The weight
+    of `shared` experts is one.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class ExpertFeedForward(FeedForward):
         self.up_bias = nn.Parameter(torch.empty(n_experts, width)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(n_experts, d_model)) if bias else None
         self.shared = (
-            DenseFeedForward(d_model, d_ff=n_shared * d_expert, activation=activation, bias=bias) if n_shared else None
+            DenseFeedForward(d_model, d_ff=n_shared * d_expert, activation=activation, bias=bias)
+            if n_shared
+            else None
         )
 
     def reset_parameters(self, *, scale: float) -> None:

@@ -1,7 +1,7 @@
 """Halting: how much of each token goes on to the next pass through a stage.
 
-A rule is a role with `begin / decide / absorb / finish` over an explicit state. Layers read the state's `hidden`
-(queries and residual), `context` (keys and values) and `alive` (mass not yet halted).
+A rule is a role with `begin / decide / absorb / finish` over an explicit state. Layers read the state's
+`hidden` (queries and residual), `context` (keys and values) and `alive` (mass not yet halted).
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class NoHalting(Halting):
 class StickBreaking(Halting):
     """The halting rule of SUT (arXiv:2310.07096), as in the published runs.
 
-    After pass n a gate turns each hidden state into log-probabilities of going on and of halting. The halted mixture
-    plus the rest of the mass times the newest state is what later passes read keys and values from. A token whose
-    remaining mass falls below 1 - threshold keeps its mixture. All passes run. Halting after the first pass counts as
-    depth 0; the loss is the mean expected depth, summed over passes.
+    After pass n a gate turns each hidden state into log-probabilities of going on and of halting. The halted
+    mixture plus the rest of the mass times the newest state is what later passes read keys and values from. A
+    token whose remaining mass falls below 1 - threshold keeps its mixture. All passes run. Halting after the
+    first pass counts as depth 0; the loss is the mean expected depth, summed over passes.
     """
 
     def __init__(self, d_model: int, *, threshold: float, weight: float) -> None:

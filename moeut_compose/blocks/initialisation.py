@@ -16,7 +16,7 @@ def normal_(weight: Tensor, *, std: float) -> None:
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor, *, std: float) -> None:
-    """Draw from a unit normal cut at two deviations, then scale so that the empirical deviation is exactly `std`."""
+    """Draw from a unit normal cut at two deviations, then scale to the empirical deviation `std` exactly."""
     nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
     weight.mul_(std / weight.std())
 

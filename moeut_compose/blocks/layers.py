@@ -1,7 +1,7 @@
 """One layer: a mixer and a feedforward around the residual stream, with the norms where the placement says.
 
-`context` is what keys and values are read from. Without halting it is the layer's own input; with halting it is the
-mixture of halted and running states (see `halting.py`).
+`context` is what keys and values are read from. Without halting it is the layer's own input; with halting it
+is the mixture of halted and running states (see `halting.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Run(NamedTuple):
 class Layer(nn.Module):
     """A mixer, a feedforward and two norms; a subclass places the norms."""
 
-    def __init__(self, mixer: Mixer, feedforward: FeedForward, mixer_norm: nn.Module, feedforward_norm: nn.Module) -> None:
+    def __init__(
+        self, mixer: Mixer, feedforward: FeedForward, mixer_norm: nn.Module, feedforward_norm: nn.Module
+    ) -> None:
         super().__init__()
         self.mixer_norm = mixer_norm
         self.mixer = mixer
@@ -43,7 +45,13 @@ class Layer(nn.Module):
             norm.reset_parameters()  # type: ignore[operator]
 
     def forward(
-        self, hidden: Tensor, context: Tensor, *, alive: Tensor | None = None, start: int = 0, past: Memory | None = None
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        *,
+        alive: Tensor | None = None,
+        start: int = 0,
+        past: Memory | None = None,
     ) -> Run:
         """Apply the layer to `hidden [B, T, D]` at positions `start, start + 1, ...`."""
         x, mixer_stats, memory = self.mix(hidden, context, alive, start, past)

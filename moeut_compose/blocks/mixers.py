@@ -39,7 +39,14 @@ class Attention(Mixer):
         self.position.reset_parameters()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        alive: Tensor | None,
+        start: int,
+        past: Memory | None,
     ) -> Mixed:
         q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
         k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
@@ -52,8 +59,8 @@ class Attention(Mixer):
 class SwitchHead(Mixer):
     """Attention whose value and output projections are experts, chosen per head (arXiv:2312.07987).
 
-    Expert tensors are indexed `head * n_experts + expert`. The value gate belongs to the source token, the output gate
-    to the destination token; neither is normalised.
+    Expert tensors are indexed `head * n_experts + expert`. The value gate belongs to the source token, the
+    output gate to the destination token; neither is normalised.
     """
 
     def __init__(
@@ -88,7 +95,14 @@ class SwitchHead(Mixer):
         self.position.reset_parameters()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        alive: Tensor | None,
+        start: int,
+        past: Memory | None,
     ) -> Mixed:
         q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
         k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
@@ -134,11 +148,13 @@ class SwitchHead(Mixer):
 class MixtureOfAttention(Mixer):
     """Experts with own query and output projections over shared keys and values (SUT, arXiv:2310.07096).
 
-    An expert is a bundle of H heads. Each token's K chosen experts attend separately; their outputs are weighed by the
-    gates and added.
+    An expert is a bundle of H heads. Each token's K chosen experts attend separately; their outputs are
+    weighed by the gates and added.
     """
 
-    def __init__(self, d_model: int, *, d_expert: int, d_head: int, router: Router, position: Position) -> None:
+    def __init__(
+        self, d_model: int, *, d_expert: int, d_head: int, router: Router, position: Position
+    ) -> None:
         super().__init__()
         self.n_heads = d_expert // d_head
         self.query = nn.Parameter(torch.empty(router.n_experts, d_model, d_expert))
@@ -157,12 +173,19 @@ class MixtureOfAttention(Mixer):
         self.position.reset_parameters()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        alive: Tensor | None,
+        start: int,
+        past: Memory | None,
     ) -> Mixed:
         batch, length, d_model = query.shape
         routing = self.router(query, alive)
         chosen = routing.index.shape[-1]
-        # every chosen expert is a group of its own: its query stands alone, its output is merged with its gate
+        # a chosen expert is a group of its own: its query stands alone, its output is merged with its gate
         index, gate = (part.reshape(batch * length, chosen, 1) for part in (routing.index, routing.gate))
         plan = mk.plan(index, self.router.n_experts)
         queries = mk.expert_split(query.flatten(0, 1), self.query, plan, None)

@@ -19,10 +19,10 @@ class NoPosition(Position):
 
 
 class Rope(Position):
-    """Rotary embedding (arXiv:2104.09864) of the first `n_rotated` channels of each head, half-split convention.
+    """Rotary embedding (arXiv:2104.09864) of the first `n_rotated` channels of each head, half-split.
 
-    The angles are computed in float32 whatever the dtype of the model, as in the published code. Positions beyond the
-    prepared table are computed when they occur.
+    The angles are computed in float32 whatever the dtype of the model, as in the published code. Positions
+    beyond the prepared table are computed when they occur.
     """
 
     cos: Tensor
@@ -54,7 +54,9 @@ class Rope(Position):
         if end > self.cos.shape[0]:
             cos, sin = self._angles(start, end, x.device)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        low, high, rest = x.split((self.n_rotated // 2, self.n_rotated // 2, x.shape[-1] - self.n_rotated), dim=-1)
+        low, high, rest = x.split(
+            (self.n_rotated // 2, self.n_rotated // 2, x.shape[-1] - self.n_rotated), dim=-1
+        )
         return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
     def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
@@ -64,8 +66,9 @@ class Rope(Position):
 class Relative(Position):
     """Vectors for clipped distances, multiplied with the query (SUT, arXiv:2310.07096).
 
-    The score of query i and key j gains q_i . table[:, clip(j - i, 1 - M, M - 1) + M] / d_head^(1/4), with M the maximal distance. The
-    table is `[H, d_head, 2M + 1]`; query heads in excess of H (bundles of heads) share it in turn.
+    The score of query i and key j gains q_i . table[:, clip(j - i, 1 - M, M - 1) + M] / d_head^(1/4), with M
+    the maximal distance. The table is `[H, d_head, 2M + 1]`; query heads in excess of H (bundles of heads)
+    share it in turn.
     """
 
     def __init__(self, *, n_heads: int, d_head: int, max_distance: int) -> None:

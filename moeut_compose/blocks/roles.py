@@ -50,7 +50,7 @@ class Position(nn.Module, ABC):
 
     @abstractmethod
     def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
-        """Scores `[B, H, T, n_keys]` to add before the softmax, or None. Queries stand at `start, start + 1, ...`."""
+        """Scores `[B, H, T, n_keys]` to add before the softmax, or None. Queries stand from `start` on."""
 
 
 class Router(nn.Module, ABC):
@@ -64,11 +64,14 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
-        """Route `x [B, T, D]`. `alive [B, T]` is each token's mass that has not halted; None means all of it."""
+        """Route `x [B, T, D]`. `alive [B, T]` is the mass of each token that has not halted; None means all."""
 
     @abstractmethod
     def losses(self, stats: Stats) -> dict[str, Tensor]:
         """Weighted balance terms from pooled `stats`."""
+
+    def steer(self, stats: Stats) -> None:
+        """Adjust what feedback controls, after an optimiser step, from pooled `stats`; nothing by default."""
 
 
 class Mixer(nn.Module, ABC):
@@ -80,7 +83,14 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, alive: Tensor | None, start: int, past: Memory | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        alive: Tensor | None,
+        start: int,
+        past: Memory | None,
     ) -> Mixed:
         """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
 

@@ -1,7 +1,8 @@
 """Routers: score, select, weigh.
 
-All of them compute scores in at least float32, choose with top-k (lowest index first among equals is not promised) and
-return what their balance terms observed.
+All of them compute scores in at least float32, choose with top-k (lowest index first among equals is not
+promised) and return what their balance terms observed. Expert dropout hides experts before the choice and
+rescales nothing. Routers that feedback steers instead of a gradient are in `steered_routers.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,37 @@ from moeut_compose.blocks.stats import Stats, below, under
 
 
 class BalancedRouter(Router):
-    """What every router here does around its scores: observe for the balance terms, and turn pooled sums into losses."""
+    """What every router here does around its scores: hide, rest, observe, turn pooled sums into losses."""
 
-    def __init__(self, *, balance: Sequence[Balance]) -> None:
+    def __init__(self, *, n_experts: int, expert_dropout: float, balance: Sequence[Balance]) -> None:
         super().__init__()
+        self.n_experts = n_experts
+        self.expert_dropout = expert_dropout
         self.balance = tuple(balance)
+        self.observes = bool(self.balance)
 
-    def observe(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Tensor | None) -> Stats:
-        """Sums of all balance terms; none outside training."""
-        if not self.training or not self.balance:
-            return {}
+    def hide(self, scores: Tensor) -> Tensor:
+        """Expert dropout: in training, the lowest score there is for each expert with some probability."""
+        if not self.training or self.expert_dropout == 0:
+            return scores
+        return scores.masked_fill(
+            torch.rand_like(scores) < self.expert_dropout, torch.finfo(scores.dtype).min
+        )
+
+    def routing(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Tensor | None) -> Routing:
+        """The choice and what balance terms make of it; tokens that rest weigh their experts with zero."""
+        if alive is not None:
+            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
+        if not (self.training and self.observes):
+            return Routing(index, gate, {})
         probability = logits.softmax(-1)
         if alive is not None:
             rests = (alive == 0)[:, :, None, None]
             logits, probability = logits.masked_fill(rests, 0.0), probability.masked_fill(rests, 0.0)
-        seen = Observation(logits, probability, index, gate, alive)
+        return Routing(index, gate, self.observe(Observation(logits, probability, index, gate, alive)))
+
+    def observe(self, seen: Observation) -> Stats:
+        """Sums of all balance terms."""
         stats: Stats = {}
         for term in self.balance:
             stats |= under(term.name, term.observe(seen))
@@ -48,13 +65,8 @@ class BalancedRouter(Router):
         }
 
 
-class SigmoidRouter(BalancedRouter):
-    """Sigmoid scores, top-k, weights not normalised (sigma-MoE, arXiv:2310.10837; SwitchHead, arXiv:2312.07987).
-
-    With several heads each head chooses among its own `n_experts`; row `head * n_experts + expert` of the weight
-    belongs to that pair. Expert dropout hides experts before the choice. `masked_gate` is how the published
-    feedforward weighs the hidden ones if fewer than k remain; attention weighs them as if they had not been hidden.
-    """
+class LinearRouter(BalancedRouter):
+    """Scores from one linear map; row `head * n_experts + expert` belongs to that pair."""
 
     def __init__(
         self,
@@ -64,36 +76,64 @@ class SigmoidRouter(BalancedRouter):
         top_k: int,
         n_heads: int = 1,
         expert_dropout: float = 0.0,
-        equalised_rows: bool = False,
         balance: Sequence[Balance] = (),
     ) -> None:
-        super().__init__(balance=balance)
-        self.n_experts = n_experts
+        super().__init__(n_experts=n_experts, expert_dropout=expert_dropout, balance=balance)
         self.n_heads = n_heads
         self.top_k = top_k
-        self.expert_dropout = expert_dropout
-        self.equalised_rows = equalised_rows
         self.weight = nn.Parameter(torch.empty(n_heads * n_experts, d_model))
 
     def reset_parameters(self, *, scale: float) -> None:
         normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
-        if self.equalised_rows:
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`[B, T, H, E]` of `x [B, T, D]`."""
+        return at_least_float32(x @ self.weight.t().to(x.dtype)).unflatten(-1, (self.n_heads, self.n_experts))
+
+
+class SigmoidRouter(LinearRouter):
+    """Sigmoid, top-k, weights not normalised (sigma-MoE, arXiv:2310.10837; SwitchHead, arXiv:2312.07987).
+
+    Where dropout leaves fewer than k experts, hidden ones are chosen too. In a feedforward they weigh
+    nothing; in the published attention (`attention=True`) the weights are read off the scores as they were
+    before. The rows of an attention router are drawn in the published way as well.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_experts: int,
+        top_k: int,
+        n_heads: int = 1,
+        attention: bool = False,
+        expert_dropout: float = 0.0,
+        balance: Sequence[Balance] = (),
+    ) -> None:
+        super().__init__(
+            d_model,
+            n_experts=n_experts,
+            top_k=top_k,
+            n_heads=n_heads,
+            expert_dropout=expert_dropout,
+            balance=balance,
+        )
+        self.attention = attention
+
+    def reset_parameters(self, *, scale: float) -> None:
+        super().reset_parameters(scale=scale)
+        if self.attention:
             keep_row_deviations_(self.weight)
 
     def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
-        logits = at_least_float32(x @ self.weight.t().to(x.dtype)).unflatten(-1, (self.n_heads, self.n_experts))
-        candidates = logits
-        if self.training and self.expert_dropout > 0:
-            hidden = torch.rand_like(logits) < self.expert_dropout
-            candidates = logits.masked_fill(hidden, -math.inf)
+        logits = self.logits(x)
+        candidates = self.hide(logits)
         _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
-        gate = candidates.gather(-1, index).sigmoid()
-        if alive is not None:
-            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
-        return Routing(index, gate, self.observe(logits, index, gate, alive))
+        gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
+        return self.routing(logits, index, gate, alive)
 
 
-class SoftmaxRouter(BalancedRouter):
+class SoftmaxRouter(LinearRouter):
     """Softmax over all experts before the choice, or over the chosen ones after it."""
 
     def __init__(
@@ -107,44 +147,40 @@ class SoftmaxRouter(BalancedRouter):
         expert_dropout: float = 0.0,
         balance: Sequence[Balance] = (),
     ) -> None:
-        super().__init__(balance=balance)
-        self.n_experts = n_experts
-        self.top_k = top_k
+        super().__init__(
+            d_model, n_experts=n_experts, top_k=top_k, expert_dropout=expert_dropout, balance=balance
+        )
         self.after_top_k = after_top_k
         self.normalize = normalize
-        self.expert_dropout = expert_dropout
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-
-    def reset_parameters(self, *, scale: float) -> None:
-        normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
 
     def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
-        logits = at_least_float32(x @ self.weight.t().to(x.dtype)).unsqueeze(-2)
-        candidates = logits
-        if self.training and self.expert_dropout > 0:
-            hidden = torch.rand_like(logits) < self.expert_dropout
-            candidates = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        logits = self.logits(x)
+        candidates = self.hide(logits)
         chosen, index = candidates.topk(self.top_k, dim=-1, sorted=False)
         gate = chosen.softmax(-1) if self.after_top_k else candidates.softmax(-1).gather(-1, index)
         if self.normalize and not self.after_top_k:
             gate = gate / gate.sum(-1, keepdim=True)
-        if alive is not None:
-            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
-        return Routing(index, gate, self.observe(logits, index, gate, alive))
+        return self.routing(logits, index, gate, alive)
 
 
 class MLPRouter(BalancedRouter):
     """Linear, tanh, linear, softmax, top-k, weights over their sum plus 1e-6 (SUT, arXiv:2310.07096).
 
-    In training, `n_sampled` of the `top_k` experts are drawn without replacement in proportion to their probability,
-    the others taken in order. Tokens that rest get probability and weight zero.
+    In training, `n_sampled` of the `top_k` experts are drawn without replacement in proportion to their
+    probability, the others taken in order. Tokens that rest get probability and weight zero.
     """
 
     def __init__(
-        self, d_model: int, *, n_experts: int, top_k: int, n_sampled: int = 0, balance: Sequence[Balance] = ()
+        self,
+        d_model: int,
+        *,
+        n_experts: int,
+        top_k: int,
+        n_sampled: int = 0,
+        expert_dropout: float = 0.0,
+        balance: Sequence[Balance] = (),
     ) -> None:
-        super().__init__(balance=balance)
-        self.n_experts = n_experts
+        super().__init__(n_experts=n_experts, expert_dropout=expert_dropout, balance=balance)
         self.top_k = top_k
         self.n_sampled = n_sampled
         self.inner = nn.Linear(d_model, d_model)
@@ -158,13 +194,13 @@ class MLPRouter(BalancedRouter):
     def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
         hidden = torch.tanh(self.inner(x))
         logits = at_least_float32(hidden @ self.weight.t().to(hidden.dtype)).unsqueeze(-2)
-        probability = logits.softmax(-1)
+        probability = self.hide(logits).softmax(-1)
         if alive is not None:
             probability = probability.masked_fill((alive == 0)[:, :, None, None], 0.0)
         index = self._choose(probability)
         gate = probability.gather(-1, index)
         gate = gate / (gate.sum(-1, keepdim=True) + 1e-6)
-        return Routing(index, gate, self.observe(logits, index, gate, alive))
+        return self.routing(logits, index, gate, alive)
 
     def _choose(self, probability: Tensor) -> Tensor:
         n_sampled = self.n_sampled if self.training else 0

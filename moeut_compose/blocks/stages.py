@@ -28,7 +28,9 @@ class StageRun(NamedTuple):
 class Stage(nn.Module):
     """Layers and the order in which they run; `schedule` holds `(member, repeat)` pairs."""
 
-    def __init__(self, layers: Sequence[Layer], *, schedule: Sequence[tuple[int, int]], halting: Halting) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, schedule: Sequence[tuple[int, int]], halting: Halting
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
@@ -58,7 +60,7 @@ class Stage(nn.Module):
         return StageRun(state.context, losses, stats | under("halting", halting_stats), tuple(memories))
 
     def _balance_losses(self, stats: Stats) -> dict[str, Tensor]:
-        """Balance terms of every router from its pooled sums: each counts once, however often its layer ran."""
+        """Balance terms of every router from its pooled sums: each counts once, however often it ran."""
         losses: dict[str, Tensor] = {}
         for name, module in self.named_modules():
             if isinstance(module, Router):

@@ -1,7 +1,7 @@
 """Router statistics: additive sums that travel by return value.
 
-`Stats` maps dotted names to tensors of sums, never histories: pooling the repeats of a shared router is one addition
-per name, and recomputing a layer cannot count anything twice.
+`Stats` maps dotted names to tensors of sums, never histories: pooling the repeats of a shared router is one
+addition per name, and recomputing a layer cannot count anything twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ def pool(left: Stats, right: Stats) -> Stats:
     for name, value in right.items():
         pooled[name] = pooled[name] + value if name in pooled else value
     return pooled
+
+
+def totals(stats: Stats) -> Stats:
+    """The sums over the batch, without gradient: what is reported, and what drives feedback between steps."""
+    return {name: value.detach().sum(0) for name, value in stats.items()}
 
 
 def under(prefix: str, stats: Stats) -> Stats:

@@ -1,7 +1,8 @@
 """Auxiliary terms that keep routers from using a few experts only.
 
-A term is computed once per router of a member, from sums pooled over all its applications, so that running a layer
-more often never scales its coefficient. `scope` says over which tokens the sums run before the formula is applied.
+A term is computed once per router of a member, from sums pooled over all its applications, so that running a
+layer more often never scales its coefficient. `scope` says over which tokens the sums run before the formula
+is applied.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ Scope = Literal["sequence", "micro_batch"]
 
 
 class EntropySpec(Spec):
-    """Minus the entropy of mean expert usage (sigma-MoE, arXiv:2310.10837; MoEUT pools it over repeats, per sequence)."""
+    """Minus the entropy of mean expert usage (sigma-MoE, arXiv:2310.10837; MoEUT, arXiv:2405.16039)."""
 
     kind: Literal["entropy"] = "entropy"
     weight: Weight
@@ -46,7 +47,7 @@ class CVSquaredSpec(Spec):
 
 
 class MutualInformationSpec(Spec):
-    """Minus the mutual information of token and expert, H(expert | token) - H(expert) (SUT, arXiv:2310.07096)."""
+    """Minus the mutual information of token and expert: H(expert | token) - H(expert)."""
 
     kind: Literal["mutual_information"] = "mutual_information"
     weight: Weight
@@ -54,15 +55,35 @@ class MutualInformationSpec(Spec):
 
 
 class MutualInformationAsCodedSpec(Spec):
-    """H(expert | token) + H(expert): what the published SUT runs minimised, sign of the second term included."""
+    """H(expert | token) + H(expert): what the published SUT runs minimised (SUT, arXiv:2310.07096)."""
 
     kind: Literal["mutual_information_as_coded"] = "mutual_information_as_coded"
     weight: Weight
     scope: Scope = "micro_batch"
 
 
+class ReluL1Spec(Spec):
+    """Mean score of each expert, weighed with its load (ReMoE, arXiv:2412.14711).
+
+    The coefficient steers itself: after each step it is multiplied by `factor` where more than top_k experts
+    were active in the mean, and divided by it where fewer were. Every router has a coefficient of its own.
+    """
+
+    kind: Literal["relu_l1"] = "relu_l1"
+    weight: Weight = 1e-8
+    """The coefficient at the start."""
+    scope: Scope = "micro_batch"
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.2
+
+
 BalanceSpec = Annotated[
-    EntropySpec | SwitchSpec | ZLossSpec | CVSquaredSpec | MutualInformationSpec | MutualInformationAsCodedSpec,
+    EntropySpec
+    | SwitchSpec
+    | ZLossSpec
+    | CVSquaredSpec
+    | MutualInformationSpec
+    | MutualInformationAsCodedSpec
+    | ReluL1Spec,
     Field(discriminator="kind"),
 ]
 

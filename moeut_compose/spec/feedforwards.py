@@ -1,7 +1,7 @@
 """Feedforwards: how a layer mixes channels, and what that costs per token.
 
-Counts follow the conventions of `moeut_compose.measure.macs`: `macs` holds matrix products only, `paper_macs` is the
-formula published with the runs of arXiv:2405.16039.
+Counts follow the conventions of `moeut_compose.measure.macs`: `macs` holds matrix products only, `paper_macs`
+is the formula published with the runs of arXiv:2405.16039.
 """
 
 from typing import Annotated, Literal, Self
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from moeut_compose.spec.balance import BalanceTerms, EntropySpec
 from moeut_compose.spec.base import Count, Fraction, Spec
-from moeut_compose.spec.routers import MLPRouterSpec, RouterSpec, SigmoidRouterSpec, SoftmaxRouterSpec
+from moeut_compose.spec.routers import RouterSpec, SigmoidRouterSpec, check_routing
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
 
@@ -53,12 +53,6 @@ class ExpertFeedForwardSpec(Spec):
     d_expert: Count
     top_k: Count
 
-    @model_validator(mode="after")
-    def _top_k_fits(self) -> Self:
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds n_experts={self.n_experts}")
-        return self
-
     @property
     def has_router(self) -> bool:
         return True
@@ -80,6 +74,11 @@ class SigmaMoESpec(ExpertFeedForwardSpec):
     expert_dropout: Fraction = 0.0
     """Probability that an expert is hidden from a token in training."""
     balance: BalanceTerms = [EntropySpec(weight=0.01)]
+
+    @model_validator(mode="after")
+    def _routing_works(self) -> Self:
+        check_routing(self.router, self.balance, n_experts=self.n_experts, top_k=self.top_k)
+        return self
 
     @property
     def router(self) -> SigmoidRouterSpec:
@@ -117,17 +116,14 @@ class MoESpec(ExpertFeedForwardSpec):
     balance: BalanceTerms = []
 
     @model_validator(mode="after")
-    def _router_can_learn(self) -> Self:
-        router = self.router
-        if isinstance(router, MLPRouterSpec) and router.n_sampled > self.top_k:
-            raise ValueError(f"router.n_sampled={router.n_sampled} exceeds top_k={self.top_k}")
-        weights_are_one = isinstance(router, SoftmaxRouterSpec) and (router.normalize or router.order == "after_top_k")
-        if weights_are_one and self.top_k == 1:
-            raise ValueError(
-                "top_k=1 with weights normalised over the choice is always 1 and gives the router no gradient; "
-                "use order: before_top_k with normalize: false"
-            )
+    def _routing_works(self) -> Self:
+        check_routing(self.router, self.balance, n_experts=self.n_experts, top_k=self.top_k)
         return self
+
+    @property
+    def n_active(self) -> int:
+        """Experts that a token meets: room for the router's choice, and the shared ones."""
+        return self.router.n_slots(n_experts=self.n_experts, top_k=self.top_k) + self.n_shared
 
     def num_params(self, d_model: int) -> int:
         expert = self._expert_params(d_model, activation=self.activation, bias=self.bias)
@@ -137,11 +133,11 @@ class MoESpec(ExpertFeedForwardSpec):
     def active_params(self, d_model: int) -> int:
         expert = self._expert_params(d_model, activation=self.activation, bias=self.bias)
         router = self.router.num_params(d_model=d_model, n_experts=self.n_experts)
-        return (self.top_k + self.n_shared) * expert + router
+        return self.n_active * expert + router
 
     def macs(self, d_model: int) -> dict[str, int]:
         return {
-            "ffn": (self.top_k + self.n_shared) * self._expert_macs(d_model, activation=self.activation),
+            "ffn": self.n_active * self._expert_macs(d_model, activation=self.activation),
             "ffn_select": self.router.macs(d_model=d_model, n_experts=self.n_experts),
         }
 

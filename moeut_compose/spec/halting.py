@@ -20,7 +20,7 @@ class NoHaltingSpec(Spec):
 
 
 class ActSpec(Spec):
-    """Stick-breaking halting of SUT (arXiv:2310.07096): later passes see the halted mixture as keys and values."""
+    """Stick-breaking (SUT, arXiv:2310.07096): later passes read keys and values from the halted mixture."""
 
     kind: Literal["act"] = "act"
     threshold: Fraction = 0.999

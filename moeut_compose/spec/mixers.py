@@ -1,7 +1,7 @@
 """Sequence mixers: how a layer moves information between positions, and what that costs per token.
 
-Counts follow the conventions of `moeut_compose.measure.macs`. Scores and values are counted over all `seq_len`
-positions, without halving for the causal mask, as published.
+Counts follow the conventions of `moeut_compose.measure.macs`. Scores and values are counted over all
+`seq_len` positions, without halving for the causal mask, as published.
 """
 
 from typing import Annotated, Literal, Self
@@ -9,9 +9,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moeut_compose.spec.balance import BalanceTerms, EntropySpec
-from moeut_compose.spec.base import Count, Spec
+from moeut_compose.spec.base import Count, Fraction, Spec
 from moeut_compose.spec.positions import PositionSpec
-from moeut_compose.spec.routers import MLPRouterSpec, RouterSpec
+from moeut_compose.spec.routers import MLPRouterSpec, RouterSpec, SigmoidRouterSpec, check_routing
 
 
 class AttentionSpec(Spec):
@@ -47,7 +47,7 @@ class AttentionSpec(Spec):
 
 
 class SwitchHeadSpec(Spec):
-    """Attention whose value and output projections are experts, chosen per head (SwitchHead, arXiv:2312.07987)."""
+    """Attention whose value and output projections are experts of each head (SwitchHead, arXiv:2312.07987)."""
 
     kind: Literal["switch_head"] = "switch_head"
     n_heads: Count
@@ -57,17 +57,24 @@ class SwitchHeadSpec(Spec):
     top_k: Count
     gates: Literal["both", "output"] = "both"
     """With one expert: gate values and outputs (the published runs) or outputs only (the clean release)."""
+    expert_dropout: Fraction = 0.0
+    """Probability that an expert is hidden from a token in training, drawn for each head and router."""
     balance: BalanceTerms = [EntropySpec(weight=0.001)]
     position: PositionSpec | None = None
     """Overrides the model's position."""
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds n_experts={self.n_experts}")
+        check_routing(self.router, self.balance, n_experts=self.n_experts, top_k=self.top_k)
         if self.gates == "output" and self.n_experts > 1:
-            raise ValueError(f"gates: output needs n_experts: 1 (a choice among {self.n_experts} needs both gates)")
+            raise ValueError(
+                f"gates: output needs n_experts: 1 (a choice among {self.n_experts} needs both gates)"
+            )
         return self
+
+    @property
+    def router(self) -> SigmoidRouterSpec:
+        return SigmoidRouterSpec(expert_dropout=self.expert_dropout)
 
     @property
     def n_routers(self) -> int:
@@ -105,7 +112,7 @@ class SwitchHeadSpec(Spec):
 
 
 class MixtureOfAttentionSpec(Spec):
-    """Experts are bundles of heads with own query and output; keys and values are shared (SUT, arXiv:2310.07096)."""
+    """Experts are bundles of heads over shared keys and values (mixture of attention; SUT, arXiv:2310.07096)."""
 
     kind: Literal["mixture_of_attention"] = "mixture_of_attention"
     n_experts: Count
@@ -120,12 +127,9 @@ class MixtureOfAttentionSpec(Spec):
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds n_experts={self.n_experts}")
+        check_routing(self.router, self.balance, n_experts=self.n_experts, top_k=self.top_k)
         if self.d_expert % self.d_head:
             raise ValueError(f"d_expert={self.d_expert} is not a multiple of d_head={self.d_head}")
-        if isinstance(self.router, MLPRouterSpec) and self.router.n_sampled > self.top_k:
-            raise ValueError(f"router.n_sampled={self.router.n_sampled} exceeds top_k={self.top_k}")
         return self
 
     @property
@@ -133,20 +137,28 @@ class MixtureOfAttentionSpec(Spec):
         """Heads inside one expert."""
         return self.d_expert // self.d_head
 
+    @property
+    def n_active(self) -> int:
+        """Experts that a token meets."""
+        return self.router.n_slots(n_experts=self.n_experts, top_k=self.top_k)
+
     def num_params(self, d_model: int, position: PositionSpec) -> int:
         experts = 2 * self.n_experts * d_model * self.d_expert
         shared = 2 * d_model * self.d_expert + position.num_params(n_heads=self.n_heads, d_head=self.d_head)
         return experts + shared + self.router.num_params(d_model=d_model, n_experts=self.n_experts)
 
     def active_params(self, d_model: int, position: PositionSpec) -> int:
-        return self.num_params(d_model, position) - 2 * (self.n_experts - self.top_k) * d_model * self.d_expert
+        return (
+            self.num_params(d_model, position)
+            - 2 * (self.n_experts - self.n_active) * d_model * self.d_expert
+        )
 
     def macs(self, d_model: int, seq_len: int, position: PositionSpec) -> dict[str, int]:
         return {
-            "attn_scores_values": 2 * self.top_k * self.d_expert * seq_len,
-            "attn_proj": 2 * d_model * self.d_expert + 2 * self.top_k * d_model * self.d_expert,
+            "attn_scores_values": 2 * self.n_active * self.d_expert * seq_len,
+            "attn_proj": 2 * d_model * self.d_expert + 2 * self.n_active * d_model * self.d_expert,
             "attn_select": self.router.macs(d_model=d_model, n_experts=self.n_experts),
-            "attn_relpos": self.top_k * position.macs(n_heads=self.n_heads, d_head=self.d_head),
+            "attn_relpos": self.n_active * position.macs(n_heads=self.n_heads, d_head=self.d_head),
         }
 
     def paper_macs(self, d_model: int, seq_len: int) -> dict[str, int]:

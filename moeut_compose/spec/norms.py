@@ -4,7 +4,8 @@
 `post`  y = N1(x + A(x, x, x));       x' = N2(y + F(y))
 `peri`  y = x + A(N1 x, N1 x, x);     x' = y + F(y, routed by N2 y)
 
-Peri is the placement of MoEUT (arXiv:2405.16039, section 2.4): only what ends in a softmax or a sigmoid is normalised.
+Peri is the placement of MoEUT (arXiv:2405.16039, section 2.4): only what ends in a softmax or a sigmoid is
+normalised.
 """
 
 from typing import Annotated, Literal

@@ -1,6 +1,7 @@
 """Stages: groups of layers that run several times, and the schedule that says in which order.
 
-Parameters belong to members (layers with weights of their own); caches and depth-dependent scales belong to steps.
+Parameters belong to members (layers with weights of their own); caches and depth-dependent scales belong to
+steps.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class StageSpec(Spec):
     @model_validator(mode="after")
     def _halting_fits(self) -> Self:
         if self.halting.kind != "none" and self.pattern == "AABB" and self.n_members > 1:
-            raise ValueError("halting counts passes over the group, which pattern AABB does not make; use ABAB")
+            raise ValueError("halting counts passes over the group, and pattern AABB makes none; use ABAB")
         return self
 
     @property
