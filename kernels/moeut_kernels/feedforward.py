@@ -2,10 +2,12 @@
 
 Only what the backward reads is kept: the hidden for relu, the pre-activation for other activations; never a row of
 the model width per slot. Legend: N tokens, K choices, S = N·K slots, E experts, D model width in, F expert width,
-D2 model width out. Source: sigma-MoE, arXiv:2310.10837, equations 11 to 13.
+D2 model width out. Source: sigma-MoE, arXiv:2310.10837.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,16 @@ from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for
 from moeut_kernels.plan import Plan
 
+_OPERANDS = (
+    "Tensor x, Tensor w_up, Tensor w_down, Tensor? cast_up, Tensor? cast_down, "
+    "Tensor gate, Tensor? b_up, Tensor? b_down"
+)
 _ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles"
-_OPERANDS = "Tensor x, Tensor w_up, Tensor w_down, Tensor? cast_up, Tensor? cast_down, Tensor gate, Tensor? b_up, Tensor? b_down"
+_FORWARD = f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def expert_feedforward(
@@ -37,10 +47,10 @@ def expert_feedforward(
 
         out[n] = sum_k gate[n, 0, k] · (act(x[n] @ w_up[e] + b_up[e]) @ w_down[e] + b_down[e]),  e = plan.index[n, 0, k]
 
-    x: [N, D]. w_up: [E, D, F], [E, D, 2F] for gated activations (gate half first). w_down: [E, F, D2]. gate: [N, 1, K].
-    b_up: [E, F] or [E, 2F]. b_down: [E, D2]. activation: one of `ACTIVATIONS`. Returns [N, D2] in the dtype of x.
-    casts: copies of float32 weights in the compute dtype, see `cast_weights`. Raises `ValueError` for an unknown
-    activation and for shapes that do not fit the plan.
+    x: [N, D]. w_up: [E, D, F], [E, D, 2F] for gated activations (gate half first). w_down: [E, F, D2].
+    gate: [N, 1, K]. b_up: [E, F] or [E, 2F]. b_down: [E, D2]. activation: one of `ACTIVATIONS`. Returns [N, D2] in the
+    dtype of x. casts: copies of float32 weights in the compute dtype, see `cast_weights`. Raises `ValueError` for an
+    unknown activation and for shapes that do not fit the plan.
     """
     if not torch.jit.is_tracing():
         _check(x, w_up, w_down, plan, gate, activation, b_up, b_down)
@@ -55,22 +65,32 @@ def expert_feedforward(
     return torch.ops.moeut.expert_feedforward(*operands, *plan.tensors, activation, save, resolve(x))[0]
 
 
-def _check(x, w_up, w_down, plan, gate, activation, b_up, b_down) -> None:
+def _check(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    plan: Plan,
+    gate: Tensor,
+    activation: str,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+) -> None:
     if activation not in activations.ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(activations.ACTIVATIONS)}")
-    n_experts, factor = plan.n_experts, 2 if activations.is_gated(activation) else 1
-    if plan.index.shape[1] != 1:
-        raise ValueError(f"a feedforward takes a plan of one group, got index {tuple(plan.index.shape)}")
-    if w_down.dim() != 3 or w_down.shape[0] != n_experts:
-        raise ValueError(f"w_down must be [E, F, D2] with E={n_experts}, got {tuple(w_down.shape)}")
-    if tuple(x.shape) != (plan.index.shape[0], w_up.shape[1]):
-        raise ValueError(
-            f"x must be {(plan.index.shape[0], w_up.shape[1])} for this plan and w_up, got {tuple(x.shape)}"
-        )
+    index, n_experts = plan.index, plan.n_experts
+    if index.shape[1] != 1:
+        raise ValueError(f"a feedforward takes a plan of one group, got index {tuple(index.shape)}")
+    for name, weight in (("w_up", w_up), ("w_down", w_down)):
+        if weight.dim() != 3 or weight.shape[0] != n_experts:
+            raise ValueError(
+                f"{name} must be [E, rows, columns] with E={n_experts}, got {tuple(weight.shape)}"
+            )
+    width = w_down.shape[1] * (2 if activations.is_gated(activation) else 1)
     expected = {
-        "w_up": (w_up, (n_experts, x.shape[1], factor * w_down.shape[1])),
-        "gate": (gate, tuple(plan.index.shape)),
-        "b_up": (b_up, (n_experts, factor * w_down.shape[1])),
+        "x": (x, (index.shape[0], w_up.shape[1])),
+        "w_up": (w_up, (n_experts, w_up.shape[1], width)),
+        "gate": (gate, tuple(index.shape)),
+        "b_up": (b_up, (n_experts, width)),
         "b_down": (b_down, (n_experts, w_down.shape[2])),
     }
     for name, (tensor, shape) in expected.items():
@@ -92,182 +112,120 @@ def saved_widths(
     return d_hidden, 0 if activation == "relu" and dtype != torch.float16 else d_up
 
 
-@torch.library.custom_op(
-    "moeut::expert_feedforward",
-    mutates_args=(),
-    schema=f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _feedforward(
-    x,
-    w_up,
-    w_down,
-    cast_up,
-    cast_down,
-    gate,
-    b_up,
-    b_down,
-    index,
-    slots,
-    position,
-    offsets,
-    tiles,
-    activation,
-    save,
-    backend,
-):
+def _forward(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    cast_up: Tensor | None,
+    cast_down: Tensor | None,
+    gate: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and the kept hidden and pre-activation."""
+    *routing, activation, save, backend = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
 
-        return triton_feedforward.forward(
-            x, up, down, gate, b_up, b_down, index, slots, position, offsets, tiles, activation, save
-        )
-    rows = x.index_select(0, slots // index.shape[2])
-    z = reference.grouped_rows(rows, up.contiguous(), offsets, backend)
+        return triton_feedforward.forward(x, up, down, gate, b_up, b_down, routing, activation, save)
+    index, slots, position, offsets, _ = routing
+    z = reference.grouped_rows(x.index_select(0, slots // index.shape[2]), up.contiguous(), offsets, backend)
     if b_up is not None:
-        z = z + b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, slots).int())
+        z += b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, slots).int())
     hidden = activations.apply(activation, z)
     products = reference.grouped_rows(hidden, down.contiguous(), offsets, backend)
     gates = gate.reshape(index.shape[0], index.shape[2])
     out = reference.gather_sum(products, position.view(gates.shape), gates)
     if b_down is not None:
-        out = out + reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
+        out += reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
     keeps_hidden, keeps_pre = save and activation == "relu", save and activation != "relu"
     return out, hidden if keeps_hidden else x.new_empty(0), z if keeps_pre else x.new_empty(0)
 
 
-@_feedforward.register_fake
-def _(
-    x,
-    w_up,
-    w_down,
-    cast_up,
-    cast_down,
-    gate,
-    b_up,
-    b_down,
-    index,
-    slots,
-    position,
-    offsets,
-    tiles,
-    activation,
-    save,
-    backend,
-):
+def _fake_forward(x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, index, slots, *rest):  # type: ignore[no-untyped-def]
+    activation, save, backend = rest[-3:]
     widths = saved_widths(activation, x.dtype, w_up.shape[2], w_down.shape[1], backend) if save else (0, 0)
     kept = (x.new_empty((slots.shape[0], width) if width else 0) for width in widths)
     return x.new_empty(x.shape[0], w_down.shape[2]), *kept
 
 
-@torch.library.custom_op(
-    "moeut::expert_feedforward_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _feedforward_backward(
-    grad,
-    x,
-    w_up,
-    w_down,
-    cast_up,
-    cast_down,
-    gate,
-    b_up,
-    b_down,
-    index,
-    slots,
-    position,
-    offsets,
-    tiles,
-    hidden,
-    pre,
-    activation,
-    wants,
-    backend,
-):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    cast_up: Tensor | None,
+    cast_down: Tensor | None,
+    gate: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     """Gradients of x, w_up, w_down, gate, b_up, b_down; empty where not wanted."""
+    *routing, hidden, pre, activation, wants, backend = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
 
+        dtypes = (w_up.dtype, w_down.dtype)
         return triton_feedforward.backward(
-            grad, x, up, down, (w_up.dtype, w_down.dtype), gate, b_up, b_down,
-            index, slots, position, offsets, tiles, hidden, pre, activation, wants,
-        )  # fmt: skip
+            grad, x, up, down, dtypes, gate, b_up, b_down, routing, hidden, pre, activation, wants
+        )
+    index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
-    tokens = slots // index.shape[2]
-    gates = gate.reshape(index.shape[0], index.shape[2])
-    ordered = gate.reshape(-1).index_select(0, slots).to(grad.dtype).unsqueeze(1)
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in wants)
+    tokens = slots // index.shape[2]
+    gates, choices = (
+        gate.reshape(index.shape[0], index.shape[2]),
+        index.reshape(index.shape[0], index.shape[2]),
+    )
+    ordered = gate.reshape(-1).index_select(0, slots).to(grad.dtype).unsqueeze(1)
     d_rows = grad.index_select(0, tokens)
-    if activation != "relu":
-        hidden = activations.apply(activation, pre)
-    else:
-        pre = hidden
+    hidden, pre = (hidden, hidden) if activation == "relu" else (activations.apply(activation, pre), pre)
+    needs_z = want_x or want_up or want_b_up
     if want_down:
         d_down = reference.grouped_outer(hidden * ordered, d_rows, offsets, backend).to(w_down.dtype)
-    if want_gate or want_x or want_up or want_b_up:
+    if want_gate or needs_z:
         back = reference.grouped_rows(d_rows, down.transpose(1, 2), offsets, backend)
     if want_gate:
         dots = (hidden * back).sum(1).index_select(0, position).view(gate.shape)
         if b_down is not None:
-            scores = grad @ b_down.to(grad.dtype).t()
-            dots = dots + scores.gather(1, index.reshape(gates.shape).long()).view(gate.shape)
+            dots += (grad @ b_down.to(grad.dtype).t()).gather(1, choices.long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
-    if want_x or want_up or want_b_up:
+    if needs_z:
         d_z = activations.backward(activation, pre, back.mul_(ordered))
-        if want_x:
-            back = reference.grouped_rows(d_z, up.transpose(1, 2), offsets, backend)
-            d_x = reference.gather_sum(back, position.view(gates.shape))
-        if want_up:
-            d_up = reference.grouped_outer(x.index_select(0, tokens), d_z, offsets, backend).to(w_up.dtype)
-        if want_b_up:
-            d_b_up = reference.segment_sum(d_z, offsets).to(b_up.dtype)
+    if want_x:
+        d_x = reference.gather_sum(
+            reference.grouped_rows(d_z, up.transpose(1, 2), offsets, backend), position.view(gates.shape)
+        )
+    if want_up:
+        d_up = reference.grouped_outer(x.index_select(0, tokens), d_z, offsets, backend).to(w_up.dtype)
+    if want_b_up:
+        d_b_up = reference.segment_sum(d_z, offsets).to(b_up.dtype)
     if want_b_down:
-        dense = reference.gate_matrix(gates, index.reshape(gates.shape), w_down.shape[0])
-        d_b_down = (dense.to(grad.dtype).t() @ grad).to(b_down.dtype)
+        dense = reference.gate_matrix(gates, choices, w_down.shape[0]).to(grad.dtype)
+        d_b_down = (dense.t() @ grad).to(b_down.dtype)
     return d_x, d_up, d_down, d_gate, d_b_up, d_b_down
 
 
-@_feedforward_backward.register_fake
-def _(
-    grad,
-    x,
-    w_up,
-    w_down,
-    cast_up,
-    cast_down,
-    gate,
-    b_up,
-    b_down,
-    index,
-    slots,
-    position,
-    offsets,
-    tiles,
-    hidden,
-    pre,
-    activation,
-    wants,
-    backend,
-):
-    sources = (x, w_up, w_down, gate, b_up, b_down)
+def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, *rest):  # type: ignore[no-untyped-def]
+    sources = zip((x, w_up, w_down, gate, b_up, b_down), rest[-2], strict=True)
     return tuple(
-        torch.empty(source.shape, dtype=source.dtype, device=source.device) if wanted else grad.new_empty(0)
-        for source, wanted in zip(sources, wants, strict=True)
+        grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
+        for source, wanted in sources
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.activation, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 16
     needs = ctx.needs_input_grad
@@ -281,16 +239,26 @@ def _differentiate(ctx, grad, *_):
     return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8
 
 
-_feedforward.register_autograd(_differentiate, setup_context=_setup_context)
+_op = torch.library.custom_op("moeut::expert_feedforward", _forward, mutates_args=(), schema=_FORWARD)
+_backward_op = torch.library.custom_op(
+    "moeut::expert_feedforward_backward", _backward, mutates_args=(), schema=_BACKWARD
+)
+_op.register_fake(_fake_forward)
+_backward_op.register_fake(_fake_backward)
+_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.moeut.expert_feedforward)
-def _forward_flops(x, w_up, w_down, cast_up, cast_down, gate, *_, **__) -> int:
+def _forward_flops(
+    x: Any, w_up: Any, w_down: Any, cast_up: Any, cast_down: Any, gate: Any, *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(gate) * (w_up[1] * w_up[2] + w_down[1] * w_down[2])
 
 
 @register_flop_formula(torch.ops.moeut.expert_feedforward_backward)
-def _backward_flops(grad, x, w_up, w_down, cast_up, cast_down, gate, *rest, **__) -> int:
+def _backward_flops(
+    grad: Any, x: Any, w_up: Any, w_down: Any, cast_up: Any, cast_down: Any, gate: Any, *rest: Any, **__: Any
+) -> int:
     want_x, want_up, want_down, want_gate, want_b_up, _ = rest[-2]
     n_up = int(want_x) + int(want_up)
     n_down = int(want_down) + int(want_gate or want_x or want_up or want_b_up)

@@ -2,7 +2,7 @@
 
 A slot is one (token, group, choice). The plan holds one permutation of the slots and its inverse; rows of every
 intermediate lie in expert order, and nothing is ever scattered by atomics: reads gather, sums gather.
-Legend: N tokens, H groups (heads, or 1), K choices, S = N·H·K slots, E experts.
+Legend: N tokens, H groups (heads, or 1), K choices, S = N·H·K slots, E experts, P pairs of experts.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,13 @@ from torch import Tensor
 from moeut_kernels.backend import resolve
 
 TILE_ROWS = 128
-"""Rows of a tile in the tile table; kernels with smaller tiles cut each entry into equal parts."""
+"""Rows of an entry of the tile table; kernels with smaller tiles cut each entry into equal parts."""
+
+CHUNK_ROWS = 2048
+"""Rows of an entry of the second table, for programs that walk over the rows of an expert."""
+
+MOST_PAIRS = 2048
+"""Pairs are grouped only up to this many: beyond it a pair has too few rows to fill a tile."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,10 @@ class Plan:
     """Slots grouped by expert. Prepared once per routing, shared by every product that uses it, never changed.
 
     index: [N, H, K] chosen experts. slots: int32 [S], slots in expert order, stable. position: int32 [S], the inverse:
-    where a slot lies in expert order. offsets: int32 [E + 1], first row of each expert. tiles: int32 [T, 2], the
-    expert and first row of each row tile (expert -1: unused), empty where the backend needs none.
+    where a slot lies in expert order. offsets: int32 [E + 1], first row of each expert. The rest serves Triton and is
+    empty elsewhere: tiles: int32 [T, 3], two tables of row tiles (expert or -1, first row, end of the expert), of 128
+    and of 2048 rows. items: int32 [N·H], (token, group) items ordered by their pair of experts, where K = 2.
+    pair_tiles: int32 [T', 3], the row tiles of the pairs.
     """
 
     index: Tensor
@@ -30,6 +38,8 @@ class Plan:
     position: Tensor
     offsets: Tensor
     tiles: Tensor
+    items: Tensor
+    pair_tiles: Tensor
 
     @property
     def n_experts(self) -> int:
@@ -37,14 +47,19 @@ class Plan:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tensors in the order that the ops take them."""
+        """What every op takes of a plan, in order."""
         return self.index, self.slots, self.position, self.offsets, self.tiles
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """What `expert_split` and `expert_merge` take besides."""
+        return self.items, self.pair_tiles
 
 
 def plan(index: Tensor, n_experts: int) -> Plan:
-    """Group the slots of a routing by expert, on the device, without a host synchronisation.
+    """Group the slots of a routing by expert, on the device, without a host synchronisation on CUDA.
 
-    index: [N, H, K] integers in [0, n_experts). Out-of-range values are undefined behaviour on CUDA.
+    index: [N, H, K] integers in [0, n_experts); other values are an error on CPU and undefined behaviour on CUDA.
     Raises `ValueError` for a wrong rank or dtype, or fewer than one expert.
     """
     if not torch.jit.is_tracing():
@@ -57,21 +72,35 @@ def plan(index: Tensor, n_experts: int) -> Plan:
     return Plan(index, *torch.ops.moeut.plan(index, n_experts, resolve(index)))
 
 
-def n_tiles(n_slots: int, n_experts: int, tile_rows: int = TILE_ROWS) -> int:
+def n_tiles(n_slots: int, n_experts: int, rows: int = TILE_ROWS) -> int:
     """Upper bound of row tiles: full ones, and one ragged tile for each expert that can have a slot."""
-    return n_slots // tile_rows + min(n_experts, n_slots)
+    return n_slots // rows + min(n_experts, n_slots)
+
+
+def n_pairs(index: Tensor, n_experts: int, backend: str) -> int:
+    """Number of unordered pairs of experts if items are to be grouped by pair, else 0.
+
+    With two choices per (token, group) both experts' products belong to the same input and output row: a program that
+    does both gathers once and writes once.
+    """
+    pairs = n_experts * (n_experts + 1) // 2
+    return (
+        pairs
+        if backend == "triton" and index.shape[1] > 1 and index.shape[2] == 2 and pairs <= MOST_PAIRS
+        else 0
+    )
 
 
 @torch.library.custom_op(
     "moeut::plan",
     mutates_args=(),
-    schema="(Tensor index, int n_experts, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor index, int n_experts, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _plan(index, n_experts, backend):
+def _plan(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton":
         from moeut_kernels import triton_routing
 
-        return triton_routing.plan(index, n_experts)
+        return triton_routing.plan(index, n_experts, n_pairs(index, n_experts, backend))
     flat = index.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n_experts:
         raise ValueError(f"index holds values outside [0, {n_experts})")
@@ -80,13 +109,23 @@ def _plan(index, n_experts, backend):
     position[slots] = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
     offsets = torch.zeros(n_experts + 1, dtype=torch.int32, device=flat.device)
     torch.cumsum(torch.bincount(flat, minlength=n_experts), 0, dtype=torch.int32, out=offsets[1:])
-    return slots.int(), position, offsets, offsets.new_empty(0, 2)
+    none = (offsets.new_empty(shape) for shape in ((0, 3), (0,), (0, 3)))
+    return slots.int(), position, offsets, *none
 
 
 @_plan.register_fake
-def _(index, n_experts, backend):
-    n_slots = index.numel()
-    rows = n_tiles(n_slots, n_experts) if backend == "triton" else 0
-    slots = index.new_empty(n_slots, dtype=torch.int32)
-    offsets = index.new_empty(n_experts + 1, dtype=torch.int32)
-    return slots, torch.empty_like(slots), offsets, offsets.new_empty(rows, 2)
+def _(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
+    n_slots, pairs = index.numel(), n_pairs(index, n_experts, backend)
+    n_items = n_slots // 2 if pairs else 0
+    n_entries = 0
+    if backend == "triton":
+        n_entries = n_tiles(n_slots, n_experts) + n_tiles(n_slots, n_experts, CHUNK_ROWS)
+    shapes = (
+        (n_slots,),
+        (n_slots,),
+        (n_experts + 1,),
+        (n_entries, 3),
+        (n_items,),
+        (n_tiles(n_items, pairs), 3),
+    )
+    return tuple(index.new_empty(shape, dtype=torch.int32) for shape in shapes)

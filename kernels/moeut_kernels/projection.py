@@ -2,11 +2,13 @@
 
 Both are one grouped product. They differ in how many slots read one input row and how many add up in one output row:
 split reads a token H·K times and adds K slots; merge reads a (token, group) row K times and adds H·K slots.
-Legend: N tokens, H groups, K choices, S = N·H·K slots, E experts, D columns in, F columns out. Source: SwitchHead,
-arXiv:2312.07987, equations 7 to 10.
+Legend: N tokens, H groups, K choices, S = N·H·K slots, E experts, D columns in, F columns out.
+Source: SwitchHead, arXiv:2312.07987.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +19,11 @@ from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for
 from moeut_kernels.plan import Plan
 
-_ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles"
-_FORWARD = f"(Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias, {_ROUTING}, bool save, str backend) -> (Tensor, Tensor)"
+_OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
+_ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor items, Tensor pair_tiles"
+_FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend) -> (Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor grad, Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias, Tensor product, {_ROUTING}, bool[] wants, str backend)"
+    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -39,10 +42,10 @@ def expert_split(
         out[n, h] = sum_k gate[n, h, k] · (x[n] @ weight[e] + bias[e]),  e = plan.index[n, h, k]
 
     x: [N, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, H, F] in the dtype of x.
-    cast: a copy of a float32 `weight` in the compute dtype, see `cast_weights`. Raises `ValueError` for shapes that do
-    not fit the plan.
+    cast: a copy of a float32 `weight` in the compute dtype, see `cast_weights`. Raises `ValueError` for shapes that
+    do not fit the plan.
     """
-    return _project(torch.ops.moeut.expert_split, x, weight, plan, gate, bias, cast, rank=2)
+    return _project("expert_split", x, weight, plan, gate, bias, cast)
 
 
 def expert_merge(
@@ -61,135 +64,123 @@ def expert_merge(
     x: [N, H, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, F] in the dtype of x.
     cast: as in `expert_split`. Raises `ValueError` for shapes that do not fit the plan.
     """
-    return _project(torch.ops.moeut.expert_merge, x, weight, plan, gate, bias, cast, rank=3)
+    return _project("expert_merge", x, weight, plan, gate, bias, cast)
 
 
 def _project(
-    op,
+    name: str,
     x: Tensor,
     weight: Tensor,
     plan: Plan,
     gate: Tensor | None,
     bias: Tensor | None,
     cast: Tensor | None,
-    rank: int,
 ) -> Tensor:
     if not torch.jit.is_tracing():
-        _check(x, weight, plan, gate, bias, rank)
+        _check(x, weight, plan, gate, bias, n_leading=1 if name == "expert_split" else 2)
     x = x.to(compute_dtype(x))
     cast = copy_for(weight, cast, x.dtype, "cast")
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
-    return op(x, weight, cast, gate, bias, *plan.tensors, save, resolve(x))[0]
+    op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
+    return op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x))[0]
 
 
 def _check(
-    x: Tensor, weight: Tensor, plan: Plan, gate: Tensor | None, bias: Tensor | None, rank: int
+    x: Tensor, weight: Tensor, plan: Plan, gate: Tensor | None, bias: Tensor | None, n_leading: int
 ) -> None:
     index = plan.index
     if weight.dim() != 3 or weight.shape[0] != plan.n_experts:
         raise ValueError(f"weight must be [E, D, F] with E={plan.n_experts}, got {tuple(weight.shape)}")
-    expected = (*index.shape[: rank - 1], weight.shape[1])
-    if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"x must be {tuple(expected)} for this plan and weight, got {tuple(x.shape)}")
+    expected = (*index.shape[:n_leading], weight.shape[1])
+    if tuple(x.shape) != expected:
+        raise ValueError(f"x must be {expected} for this plan and weight, got {tuple(x.shape)}")
     if gate is not None and gate.shape != index.shape:
         raise ValueError(f"gate must be {tuple(index.shape)} like the plan's index, got {tuple(gate.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0], weight.shape[2]):
         raise ValueError(f"bias must be {(weight.shape[0], weight.shape[2])}, got {tuple(bias.shape)}")
 
 
-def _forward(merge: bool, x, weight, cast, gate, bias, index, slots, position, offsets, tiles, save, backend):
-    """Body of both forwards: the output, and the ungated products in expert order if the gate needs its gradient later."""
+def _slots_per_row(merge: bool, index: Tensor) -> tuple[int, int]:
+    """How many slots read one input row, and how many add up in one output row."""
+    _, n_groups, top_k = index.shape
+    return (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+
+
+def _forward(
+    merge: bool,
+    x: Tensor,
+    weight: Tensor,
+    cast: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    routing: Sequence[Tensor],
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and what the gate gradient of a split needs: the ungated products. Body of both forwards."""
     matrix = weight if cast is None else cast
     if backend == "triton":
         from moeut_kernels import triton_projection
 
-        return triton_projection.forward(
-            merge, x, matrix, gate, bias, index, slots, position, offsets, tiles, save
-        )
-    n_tokens, n_groups, top_k = index.shape
-    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+        return triton_projection.forward(merge, x, matrix, gate, bias, routing, save)
+    index, slots, position, offsets, *_ = routing
+    per_input, per_output = _slots_per_row(merge, index)
     rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
-    product = reference.grouped_rows(rows, matrix.contiguous(), offsets, backend)
+    products = reference.grouped_rows(rows, matrix.contiguous(), offsets, backend)
     if bias is not None:
-        product = product + bias.to(product.dtype).index_select(
-            0, index.reshape(-1).index_select(0, slots).int()
-        )
-    out = reference.gather_sum(
-        product, position.view(-1, per_output), None if gate is None else gate.reshape(-1, per_output)
-    )
-    saved = product if save and not merge else product.new_empty(0)
-    return out if merge else out.view(n_tokens, n_groups, weight.shape[2]), saved
+        products += bias.to(products.dtype).index_select(0, index.reshape(-1).index_select(0, slots).int())
+    gates = None if gate is None else gate.reshape(-1, per_output)
+    out = reference.gather_sum(products, position.view(-1, per_output), gates)
+    kept = products if save and not merge else products.new_empty(0)
+    return out if merge else out.view(index.shape[0], index.shape[1], weight.shape[2]), kept
 
 
 def _backward(
     merge: bool,
-    grad,
-    x,
-    weight,
-    cast,
-    gate,
-    bias,
-    product,
-    index,
-    slots,
-    position,
-    offsets,
-    tiles,
-    wants,
-    backend,
-):
-    """Body of both backwards: gradients of x, weight, gate, bias; empty where not wanted."""
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cast: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    routing: Sequence[Tensor],
+    kept: Tensor,
+    wants: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, gate, bias; empty where not wanted. Body of both backwards."""
     matrix = weight if cast is None else cast
     if backend == "triton":
         from moeut_kernels import triton_projection
 
         return triton_projection.backward(
-            merge,
-            grad,
-            x,
-            matrix,
-            weight.dtype,
-            gate,
-            bias,
-            product,
-            index,
-            slots,
-            position,
-            offsets,
-            tiles,
-            wants,
+            merge, grad, x, matrix, weight.dtype, gate, bias, routing, kept, wants
         )
-    _, n_groups, top_k = index.shape
-    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+    index, slots, position, offsets, *_ = routing
+    per_input, per_output = _slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x, d_weight, d_gate, d_bias = (grad.new_empty(0) for _ in wants)
     flat = grad.reshape(-1, grad.shape[-1])
     d_rows = flat.index_select(0, slots // per_output)
-    ordered = None if gate is None else gate.reshape(-1).index_select(0, slots).to(d_rows.dtype).unsqueeze(1)
-    if want_x or (want_gate and merge):
+    needs_back, needs_rows = want_x or (want_gate and merge), want_weight or (want_gate and merge)
+    if needs_back:
         back = reference.grouped_rows(d_rows, matrix.transpose(1, 2), offsets, backend)
-        if want_x:
-            gates = None if gate is None else gate.reshape(-1, per_input)
-            d_x = reference.gather_sum(back, position.view(-1, per_input), gates).view(x.shape)
-    if want_weight or (want_gate and merge):
+    if needs_rows:
         rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
-        if want_weight:
-            left, right = (
-                (rows, d_rows)
-                if ordered is None
-                else (rows * ordered, d_rows)
-                if merge
-                else (rows, d_rows * ordered)
-            )
-            d_weight = reference.grouped_outer(left, right, offsets, backend).to(weight.dtype)
+    if want_x:
+        gates = None if gate is None else gate.reshape(-1, per_input)
+        d_x = reference.gather_sum(back, position.view(-1, per_input), gates).view(x.shape)
     if want_gate:
-        dots = (rows * back).sum(1) if merge else (product * d_rows).sum(1)
-        d_gate = dots.index_select(0, position).view(gate.shape).to(gate.dtype)
+        dots = (rows * back).sum(1) if merge else (kept * d_rows).sum(1)
+        dots = dots.index_select(0, position).view(gate.shape)
         if merge and bias is not None:
             scores = flat @ bias.to(flat.dtype).t()
-            d_gate = d_gate + scores.gather(1, index.reshape(-1, per_output).long()).view(gate.shape).to(
-                gate.dtype
-            )
+            dots += scores.gather(1, index.reshape(-1, per_output).long()).view(gate.shape)
+        d_gate = dots.to(gate.dtype)
+    if want_weight:
+        if gate is not None:
+            (rows if merge else d_rows).mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
+        d_weight = reference.grouped_outer(rows, d_rows, offsets, backend).to(weight.dtype)
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
         dense = reference.gate_matrix(
@@ -202,49 +193,43 @@ def _backward(
 def _register(name: str, merge: bool) -> None:
     """One forward and one backward op with fake, autograd and FLOP formulas."""
 
-    def forward(*arguments):
-        return _forward(merge, *arguments)
+    def forward(x, weight, cast, gate, bias, *rest):
+        *routing, save, backend = rest
+        return _forward(merge, x, weight, cast, gate, bias, routing, save, backend)
 
-    def backward(*arguments):
-        return _backward(merge, *arguments)
+    def backward(grad, x, weight, cast, gate, bias, *rest):
+        *routing, kept, wants, backend = rest
+        return _backward(merge, grad, x, weight, cast, gate, bias, routing, kept, wants, backend)
 
-    def fake_forward(x, weight, cast, gate, bias, index, slots, position, offsets, tiles, save, backend):
-        width = weight.shape[2]
-        out = (
-            x.new_empty(index.shape[0], width)
-            if merge
-            else x.new_empty(index.shape[0], index.shape[1], width)
-        )
-        return out, x.new_empty(slots.shape[0], width) if save and not merge else x.new_empty(0)
+    def fake_forward(x, weight, cast, gate, bias, index, slots, *rest):
+        n_tokens, n_groups, _ = index.shape
+        width, save = weight.shape[2], rest[-2]
+        out = x.new_empty((n_tokens, width) if merge else (n_tokens, n_groups, width))
+        return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
 
-    def fake_backward(
-        grad, x, weight, cast, gate, bias, product, index, slots, position, offsets, tiles, wants, backend
-    ):
-        sources = (x, weight, gate, bias)
+    def fake_backward(grad, x, weight, cast, gate, bias, *rest):
+        sources = zip((x, weight, gate, bias), rest[-2], strict=True)
         return tuple(
-            torch.empty(source.shape, dtype=source.dtype, device=source.device)
-            if wanted
-            else grad.new_empty(0)
-            for source, wanted in zip(sources, wants, strict=True)
+            grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
+            for source, wanted in sources
         )
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, _, ctx.backend = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
-    def differentiate(ctx, grad, _):
+    def differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 12
-        *tensors, product = ctx.saved_tensors
+            return (None,) * 14
         needs = ctx.needs_input_grad
         wants = [needs[0], needs[1], needs[3], needs[4]]
-        grads = backward_packet(grad, *tensors[:5], product, *tensors[5:], wants, ctx.backend)
+        grads = backward_packet(grad, *ctx.saved_tensors, wants, ctx.backend)
         d_x, d_weight, d_gate, d_bias = (
             g if wanted else None for g, wanted in zip(grads, wants, strict=True)
         )
-        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 7
+        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 9
 
     forward_op = torch.library.custom_op(f"moeut::{name}", forward, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(
@@ -256,14 +241,15 @@ def _register(name: str, merge: bool) -> None:
     backward_packet = getattr(torch.ops.moeut, f"{name}_backward")
 
     @register_flop_formula(getattr(torch.ops.moeut, name))
-    def _(x, weight, cast, gate, bias, index, *_, **__) -> int:
+    def _(x: Any, weight: Any, cast: Any, gate: Any, bias: Any, index: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(index) * weight[1] * weight[2]
 
     @register_flop_formula(backward_packet)
     def _(
-        grad, x, weight, cast, gate, bias, product, index, slots, position, offsets, tiles, wants, *_, **__
+        grad: Any, x: Any, weight: Any, cast: Any, gate: Any, bias: Any, index: Any, *rest: Any, **__: Any
     ) -> int:
-        n_products = int(wants[0] or (merge and wants[2])) + int(wants[1])
+        want_x, want_weight, want_gate, _ = rest[-2]
+        n_products = int(want_x or (merge and want_gate)) + int(want_weight)
         return n_products * 2 * math.prod(index) * weight[1] * weight[2]
 
 

@@ -139,7 +139,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale and difference == difference else float("inf")
 
 
-def compare(case: Case, *, dtype: torch.dtype, device: str = "cpu", bound: float, leaves=None) -> None:
+def compare(
+    case: Case, *, dtype: torch.dtype, device: str = "cpu", bound: float, leaves=None, cotangent_dtype=None
+) -> None:
     """Output and every gradient of the op against the dense definition in float64, on operands rounded to `dtype`."""
     leaves = as_leaves(case.operands, dtype=dtype, device=device) if leaves is None else leaves
     exact = as_leaves({k: None if v is None else v.cpu() for k, v in leaves.items()}, dtype=torch.float64)

@@ -157,7 +157,7 @@ def arguments(cases, op, dtype=torch.float32, activation="relu"):
             True,
             "torch",
         )
-    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, True, "torch"
+    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,152 @@
+"""`expert_split` and `expert_merge` in Triton: by pairs of experts where every item has two, else by slots.
+
+By slots: products per slot in expert order, summed by a gather with the gates. By pairs: `triton_pairs`, which never
+writes a product per slot of the model width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeut_kernels import triton_pairs
+from moeut_kernels.triton_rows import gather_sum, grouped_rows, row_dots, segment_sum, weight_gradient
+
+Routing = Sequence[Tensor]
+
+
+def _by_pairs(weight: Tensor, bias: Tensor | None, items: Tensor, merge: bool) -> bool:
+    """Pairs need their narrow side (split: columns out, merge: columns in) in one tile, and no bias."""
+    return (
+        items.numel() > 0 and bias is None and weight.shape[1 if merge else 2] <= triton_pairs.WIDEST_NARROW
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def forward(
+    merge: bool,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    routing: Routing,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and what the gate gradient of a split needs (empty unless saved). Body of both forwards."""
+    x, weight, gate, bias = _contiguous(x, weight, gate, bias)
+    index, slots, position, _, tiles, items, pair_tiles = _contiguous(*routing)
+    (n_tokens, n_groups, top_k), n_experts = index.shape, weight.shape[0]
+    rows, keep = x.reshape(-1, x.shape[-1]), save and not merge
+    if _by_pairs(weight, bias, items, merge):
+        pairs = (gate, index, position, items, pair_tiles)
+        if merge:
+            partial, _, _ = triton_pairs.wide(rows, weight, *pairs, n_experts=n_experts)
+            return gather_sum(partial, None, n_tokens, n_groups), x.new_empty(0)
+        out, kept, _, _ = triton_pairs.narrow(
+            rows, weight, *pairs, per_row=n_groups, n_experts=n_experts, keep=keep
+        )
+        return out.view(n_tokens, n_groups, -1), kept
+    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+    products, _ = grouped_rows(rows, weight, slots, tiles, per_row=per_input, bias=bias)
+    out = gather_sum(products, position, n_tokens if merge else n_tokens * n_groups, per_output, gate)
+    return out if merge else out.view(n_tokens, n_groups, weight.shape[2]), products if keep else x.new_empty(
+        0
+    )
+
+
+def backward(
+    merge: bool,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    routing: Routing,
+    kept: Tensor,
+    wants: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight (in `dtype`), gate, bias; empty where not wanted. Body of both backwards."""
+    grad, x, weight, gate, bias = _contiguous(grad, x, weight, gate, bias)
+    routing = _contiguous(*routing)
+    operands = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight, dtype, gate)
+    if _by_pairs(weight, bias, routing[5], merge):
+        body = _merge_by_pairs if merge else _split_by_pairs
+        d_x, d_weight, d_gate = body(*operands, routing, kept, wants[1])
+        d_bias = None
+    else:
+        d_x, d_weight, d_gate, d_bias = _by_slots(merge, *operands, bias, routing, kept, wants)
+    if wants[0]:
+        d_x = d_x.view(x.shape)
+    if wants[2]:
+        d_gate = d_gate.view(gate.shape).to(gate.dtype)
+    grads = zip((d_x, d_weight, d_gate, d_bias), wants, strict=True)
+    return tuple(g if wanted else grad.new_empty(0) for g, wanted in grads)
+
+
+def _split_by_pairs(grad, x, weight, dtype, gate, routing, kept, want_weight):
+    index, slots, position, offsets, _, items, pair_tiles = routing
+    n_groups, n_experts = index.shape[1], weight.shape[0]
+    partial, dots, ordered = triton_pairs.wide(
+        grad,
+        weight,
+        gate,
+        index,
+        position,
+        items,
+        pair_tiles,
+        n_experts=n_experts,
+        transposed=True,
+        products=kept,
+    )
+    d_weight = None
+    if want_weight:
+        d_weight = weight_gradient(
+            x, ordered, slots, offsets, per_left=2 * n_groups, per_right=None, dtype=dtype
+        )
+    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots
+
+
+def _merge_by_pairs(grad, x, weight, dtype, gate, routing, kept, want_weight):
+    index, slots, position, offsets, _, items, pair_tiles = routing
+    n_groups, n_experts = index.shape[1], weight.shape[0]
+    pairs = (gate, index, position, items, pair_tiles)
+    d_x, _, dots, ordered = triton_pairs.narrow(
+        grad, weight, *pairs, per_row=n_groups, n_experts=n_experts, transposed=True, other=x
+    )
+    d_weight = None
+    if want_weight:
+        d_weight = weight_gradient(
+            ordered, grad, slots, offsets, per_left=None, per_right=2 * n_groups, dtype=dtype
+        )
+    return d_x, d_weight, dots
+
+
+def _by_slots(merge, grad, x, weight, dtype, gate, bias, routing, kept, wants):
+    index, slots, position, offsets, tiles, *_ = routing
+    _, n_groups, top_k = index.shape
+    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+    want_x, want_weight, want_gate, want_bias = wants
+    d_x = d_weight = d_gate = d_bias = None
+    if want_x or (want_gate and merge):
+        back, _ = grouped_rows(grad, weight, slots, tiles, per_row=per_output, transposed=True)
+    if want_x:
+        d_x = gather_sum(back, position, x.shape[0], per_input, gate)
+    if want_weight:
+        d_weight = weight_gradient(
+            x, grad, slots, offsets, per_left=per_input, per_right=per_output, dtype=dtype, gate=gate
+        )
+    if want_gate:
+        slot = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
+        if merge:
+            d_gate = row_dots(x, back, slot // per_input, position)
+            if bias is not None:
+                d_gate = row_dots(bias, grad, index.view(-1), slot // per_output, d_gate)
+        else:
+            d_gate = row_dots(kept, grad, position, slot // per_output)
+    if want_bias:
+        d_bias = segment_sum(grad, slots, offsets, per_row=per_output, dtype=bias.dtype, gate=gate)
+    return d_x, d_weight, d_gate, d_bias

@@ -1,0 +1,254 @@
+"""Routing preparation on the device: a stable counting sort, tile tables, and top-k of a router; no host synchronisation.
+
+The sort is three kernels and one scan: counts of each group in each block of slots, their running sum, and the place of
+every slot. Nothing is atomic, so the order repeats. Legend: S slots, G groups (experts, or pairs of experts).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeut_kernels.plan import CHUNK_ROWS, TILE_ROWS, n_tiles
+from moeut_kernels.triton_tiles import interpreted
+
+
+@triton.jit
+def _key(index, slot, mask, n_experts, other, PAIRS: tl.constexpr):
+    """Group of a slot: its expert; with PAIRS the rank of its unordered pair of experts, (0,0), (0,1) ... (1,1), (1,2) ..."""
+    if PAIRS:
+        first = tl.load(index + 2 * slot, mask=mask, other=0).to(tl.int32)
+        second = tl.load(index + 2 * slot + 1, mask=mask, other=0).to(tl.int32)
+        low = tl.minimum(first, second)
+        key = low * (2 * n_experts - low + 1) // 2 + tl.maximum(first, second) - low
+        return tl.where(mask, key, other)
+    return tl.load(index + slot, mask=mask, other=other).to(tl.int32)
+
+
+@triton.jit
+def _count(
+    index,
+    counts,
+    n_slots,
+    n_experts,
+    n_groups,
+    n_blocks,
+    PAIRS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """counts[g, b]: how many slots of block b belong to group g."""
+    b = tl.program_id(0)
+    slot = b * BLOCK + tl.arange(0, BLOCK)
+    key = _key(index, slot, slot < n_slots, n_experts, n_groups, PAIRS)
+    g = tl.arange(0, GROUPS)
+    tl.store(counts + g.to(tl.int64) * n_blocks + b, tl.histogram(key, GROUPS), mask=g < n_groups)
+
+
+@triton.jit
+def _place(
+    index,
+    counts,
+    ends,
+    slots,
+    position,
+    n_slots,
+    n_experts,
+    n_groups,
+    n_blocks,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Place of a slot: where its (group, block) starts, plus its rank among equals in the block."""
+    b = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    slot = b * BLOCK + i
+    mask = slot < n_slots
+    key = _key(index, slot, mask, n_experts, n_groups, PAIRS)
+    rank = tl.sum(((key[:, None] == key[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    cell = key.to(tl.int64) * n_blocks + b
+    start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
+    place = start + rank
+    tl.store(slots + place, slot, mask=mask)
+    tl.store(position + slot, place, mask=mask)
+
+
+@triton.jit
+def _cut(
+    ends,
+    offsets,
+    table,
+    n_groups,
+    n_blocks,
+    n_entries,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cut every group into tiles of ROWS rows: table[t] = (group, first row, end of the group), group -1 where unused."""
+    g = tl.arange(0, GROUPS)
+    here = g < n_groups
+    end = tl.load(ends + (g + 1).to(tl.int64) * n_blocks - 1, mask=here, other=0)
+    start = tl.load(ends + g.to(tl.int64) * n_blocks - 1, mask=here & (g > 0), other=0)
+    if tl.program_id(0) == 0:
+        tl.store(offsets + g, start, mask=here)
+        tl.store(offsets + g + 1, end, mask=g == n_groups - 1)
+    count = tl.where(here, (end - start + ROWS - 1) // ROWS, 0)
+    last = tl.cumsum(count, 0)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    owner = tl.sum(((last[None, :] <= t[:, None]) & here[None, :]).to(tl.int32), 1)
+    mine = g[None, :] == owner[:, None]
+    first = tl.sum(tl.where(mine, (last - count)[None, :], 0), 1)
+    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + (t - first) * ROWS
+    stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
+    used = owner < n_groups
+    tl.store(table + 3 * t, tl.where(used, owner, -1), mask=t < n_entries)
+    tl.store(table + 3 * t + 1, tl.where(used, row, 0), mask=t < n_entries)
+    tl.store(table + 3 * t + 2, tl.where(used, stop, 0), mask=t < n_entries)
+
+
+def _sort(index: Tensor, n_slots: int, n_experts: int, n_groups: int, pairs: bool, sizes: tuple[int, ...]):
+    """Stable counting sort and one tile table for each size: (slots, position, offsets, tables one after the other)."""
+    block, groups = (32 if interpreted() else 256), triton.next_power_of_2(n_groups + 1)
+    n_blocks = max(1, triton.cdiv(n_slots, block))
+    new = lambda *shape: torch.empty(*shape, dtype=torch.int32, device=index.device)  # noqa: E731
+    counts = new(n_groups * n_blocks)
+    _count[(n_blocks,)](
+        index, counts, n_slots, n_experts, n_groups, n_blocks, pairs, groups, block, num_warps=4
+    )
+    ends = torch.cumsum(counts, 0, dtype=torch.int32)
+    slots, position, offsets = new(n_slots), new(n_slots), new(n_groups + 1)
+    _place[(n_blocks,)](
+        index,
+        counts,
+        ends,
+        slots,
+        position,
+        n_slots,
+        n_experts,
+        n_groups,
+        n_blocks,
+        pairs,
+        block,
+        num_warps=4,
+    )
+    entries = [n_tiles(n_slots, n_groups, rows) for rows in sizes]
+    table, at = new(sum(entries), 3), 0
+    for rows, n_entries in zip(sizes, entries, strict=True):
+        grid = (max(1, triton.cdiv(n_entries, 32)),)
+        _cut[grid](ends, offsets, table[at:], n_groups, n_blocks, n_entries, rows, groups, 32, num_warps=4)
+        at += n_entries
+    return slots, position, offsets, table
+
+
+def plan(
+    index: Tensor, n_experts: int, n_pairs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Body of `moeut::plan`: slots by expert, and (token, group) items by pair of experts if n_pairs > 0."""
+    flat = index.reshape(-1)
+    slots, position, offsets, tiles = _sort(
+        flat, flat.numel(), n_experts, n_experts, False, (TILE_ROWS, CHUNK_ROWS)
+    )
+    if n_pairs == 0:
+        return slots, position, offsets, tiles, offsets.new_empty(0), offsets.new_empty(0, 3)
+    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_experts, n_pairs, True, (TILE_ROWS,))
+    return slots, position, offsets, tiles, items, pair_tiles
+
+
+@triton.jit
+def _choose(
+    logits, index, gate, n_rows, width, n_experts, top_k,
+    SOFTMAX: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Largest logits of each row by sorting unique keys: the ordered bits of the value above the reversed column."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    value = tl.load(
+        logits + row.to(tl.int64)[:, None] * width + column[None, :],
+        mask=(row < n_rows)[:, None] & (column < n_experts)[None, :],
+        other=-float("inf"),
+    )
+    k = tl.arange(0, CHOSEN)
+    if HALF:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+        key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
+    top = tl.topk(key, CHOSEN)
+    chosen = COLUMNS - 1 - (top & (COLUMNS - 1)).to(tl.int32)
+    if HALF:
+        high = (top - (top & (COLUMNS - 1))) // COLUMNS
+        score = (
+            tl.where(high < 0, high ^ 0x7FFF, high).to(tl.int16).to(value.dtype, bitcast=True).to(tl.float32)
+        )
+    else:
+        high = ((top - (top & (COLUMNS - 1))) // COLUMNS).to(tl.int32)
+        score = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)
+    mask = (row < n_rows)[:, None] & (k < top_k)[None, :]
+    if SOFTMAX:
+        score = tl.where(mask, score, -1e38)
+        raised = tl.exp(score - tl.max(score, 1)[:, None])
+        weight = raised / tl.sum(raised, 1)[:, None]
+    else:
+        weight = 1 / (1 + tl.exp(-score))
+    at = row.to(tl.int64)[:, None] * top_k + k[None, :]
+    tl.store(index + at, chosen.to(tl.int64), mask=mask)
+    tl.store(gate + at, weight, mask=mask)
+
+
+@triton.jit
+def _choose_backward(
+    d_gate, index, gate, d_logits, n_rows, width, top_k,
+    SOFTMAX: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the logits, dense: zero where a column was not chosen."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < n_rows
+    column = tl.arange(0, COLUMNS)
+    at = row.to(tl.int64) * top_k
+    mean = tl.zeros((ROWS,), tl.float32)
+    if SOFTMAX:
+        for k in range(top_k):
+            g = tl.load(gate + at + k, mask=here, other=0.0)
+            mean += g * tl.load(d_gate + at + k, mask=here, other=0.0)
+    grad = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(top_k):
+        g = tl.load(gate + at + k, mask=here, other=0.0)
+        d = tl.load(d_gate + at + k, mask=here, other=0.0)
+        d = g * (d - mean) if SOFTMAX else d * g * (1 - g)
+        chosen = tl.load(index + at + k, mask=here, other=0).to(tl.int32)
+        grad = tl.where(column[None, :] == chosen[:, None], d[:, None], grad)
+    out = d_logits + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out, grad.to(d_logits.dtype.element_ty), mask=here[:, None] & (column < width)[None, :])
+
+
+def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    """Body of `moeut::topk`: logits [R, width] -> index int64 [R, K], gate float32 [R, K]."""
+    n_rows, width = logits.shape
+    index = torch.empty(n_rows, top_k, dtype=torch.int64, device=logits.device)
+    gate = torch.empty(n_rows, top_k, dtype=torch.float32, device=logits.device)
+    columns, rows = max(2, triton.next_power_of_2(n_experts)), 8 if interpreted() else 2
+    if n_rows:
+        _choose[(triton.cdiv(n_rows, rows),)](
+            logits, index, gate, n_rows, width, n_experts, top_k,
+            softmax, logits.dtype.itemsize == 2, columns, triton.next_power_of_2(top_k), rows, num_warps=1,
+        )  # fmt: skip
+    return index, gate
+
+
+def choose_backward(
+    d_gate: Tensor, index: Tensor, gate: Tensor, width: int, dtype: torch.dtype, softmax: bool
+) -> Tensor:
+    """Body of `moeut::topk_backward`: the gradient of the logits, [R, width]."""
+    n_rows, top_k = index.shape
+    d_logits = torch.empty(n_rows, width, dtype=dtype, device=index.device)
+    rows = 8 if interpreted() else 2
+    if n_rows:
+        _choose_backward[(triton.cdiv(n_rows, rows),)](
+            d_gate, index, gate, d_logits, n_rows, width, top_k,
+            softmax, triton.next_power_of_2(width), rows, num_warps=1,
+        )  # fmt: skip
+    return d_logits

@@ -1,0 +1,439 @@
+"""Grouped products in Triton: rows of one expert times that expert's matrix, weight gradients, and gathered sums.
+
+Rows are gathered inside the product (the grouped copy of the input never exists), partial products are written once in
+expert order, and every sum gathers: no atomics, so results repeat bit for bit. Products accumulate in float32.
+Legend: S slots in expert order, E experts, D columns in, F columns out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeut_kernels.plan import CHUNK_ROWS, TILE_ROWS, n_tiles
+from moeut_kernels.triton_tiles import block, interpreted, rows_for, tile
+
+DEEPEST_WALK = 256
+"""Most columns in of a walk: the slice of the weights has to stay in shared memory."""
+
+CHUNK = tl.constexpr(CHUNK_ROWS)
+SMALLEST_GATE = tl.constexpr(1e-30)
+"""A gate nearer to zero is replaced by this in the stored gate · hidden, so that the division by the gate gives the
+hidden back. Far below any rounding of float32 and bfloat16; float16 has no such number and keeps the pre-activation."""
+
+
+@triton.jit
+def safe_gate(gate):
+    return tl.where(tl.abs(gate) < SMALLEST_GATE, SMALLEST_GATE, gate)
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr):
+    if KIND == "relu":
+        return tl.maximum(z, 0.0)
+    if KIND == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    if KIND == "silu":
+        return z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def activation_slope(z, KIND: tl.constexpr):
+    if KIND == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    if KIND == "gelu":
+        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    if KIND == "silu":
+        s = tl.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    return tl.where(z == z, 1.0, 1.0)
+
+
+@triton.jit
+def tile_rows(table, SPLIT: tl.constexpr, ROWS: tl.constexpr):
+    """Expert, row numbers, and the end of this program's part of its table entry; an empty part where there is none."""
+    part = tl.program_id(0) % SPLIT
+    entry = table + 3 * (tl.program_id(0) // SPLIT)
+    expert = tl.load(entry)
+    first = tl.load(entry + 1) + part * ROWS
+    stop = tl.minimum(tl.load(entry + 2), first + ROWS)
+    stop = tl.where(expert < 0, first, stop)
+    return expert.to(tl.int64), first, stop
+
+
+@triton.jit
+def accumulate(a, b, accumulator):
+    """One step of a product; float32 operands are multiplied as float32, never as tf32."""
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _grouped_rows(
+    rows, weight, bias, gate, out, pre, slots, table,
+    per_row, depth, width, stride_expert, stride_depth, stride_width,
+    GATHER: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, PRE: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[r] = gate · activation(rows[r] @ weight[e] + bias[e]); GATED multiplies by a second product, `width` columns on."""
+    expert, first, stop = tile_rows(table, SPLIT, ROWS)
+    if first >= stop:
+        return
+    row = first + tl.arange(0, ROWS)
+    here = row < stop
+    slot = tl.load(slots + row, mask=here, other=0)
+    source = slot // per_row if GATHER else tl.where(here, row, first)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    wide = n < width
+    k = tl.arange(0, DEPTH)
+    a_at = rows + source.to(tl.int64)[:, None] * depth + k[None, :]
+    b_at = weight + expert * stride_expert + k[:, None] * stride_depth + n[None, :] * stride_width
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for at in range(0, depth, DEPTH):
+        if EVEN_DEPTH:
+            a = tl.load(a_at)
+        else:
+            a = tl.load(a_at, mask=(k < depth - at)[None, :], other=0.0)
+        if EVEN_DEPTH and EVEN_WIDTH:
+            b = tl.load(b_at)
+        else:
+            b = tl.load(b_at, mask=(k < depth - at)[:, None] & wide[None, :], other=0.0)
+        acc = accumulate(a, b, acc)
+        if GATED:
+            b_at2 = b_at + width * stride_width
+            if EVEN_DEPTH and EVEN_WIDTH:
+                b2 = tl.load(b_at2)
+            else:
+                b2 = tl.load(b_at2, mask=(k < depth - at)[:, None] & wide[None, :], other=0.0)
+            second = accumulate(a, b2, second)
+        a_at += DEPTH
+        b_at += DEPTH * stride_depth
+    mask = here[:, None] & wide[None, :]
+    n_pre = 2 * width if GATED else width
+    if BIAS:
+        acc += tl.load(bias + expert * n_pre + n, mask=wide, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            second += tl.load(bias + expert * n_pre + width + n, mask=wide, other=0.0).to(tl.float32)[None, :]
+    if PRE:
+        pre_at = pre + row.to(tl.int64)[:, None] * n_pre + n[None, :]
+        tl.store(pre_at, acc.to(pre.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(pre_at + width, second.to(pre.dtype.element_ty), mask=mask)
+    hidden = activate(acc, KIND)
+    if GATED:
+        hidden *= second
+    if GATES:
+        g = tl.load(gate + slot, mask=here, other=0.0).to(tl.float32)
+        if PRE:
+            hidden *= g[:, None]
+        else:
+            hidden *= safe_gate(g)[:, None]
+    tl.store(out + row.to(tl.int64)[:, None] * width + n[None, :], hidden.to(out.dtype.element_ty), mask=mask)
+
+
+def grouped_rows(
+    rows: Tensor, weight: Tensor, slots: Tensor, tiles: Tensor, *, per_row: int | None, transposed: bool = False,
+    bias: Tensor | None = None, kind: str = "none", gated: bool = False, gate: Tensor | None = None, keep_pre: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows times the matrix of their expert, [S, F]; and the pre-activations, [S, F or 2F], where asked for.
+
+    rows: [R, D], row slot // per_row for each slot; in expert order already where per_row is None. weight: [E, D, F'], or
+    [E, F', D] where transposed. gate: one number per slot, multiplied in at the end.
+    """
+    n_slots, n_experts = slots.shape[0], weight.shape[0]
+    depth, columns = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
+    width = columns // 2 if gated else columns
+    t = tile("gather", rows)
+    out = torch.empty(n_slots, width, dtype=rows.dtype, device=rows.device)
+    pre = torch.empty((n_slots, columns) if keep_pre else 0, dtype=rows.dtype, device=rows.device)
+    if n_slots == 0 or width == 0:
+        return out, pre
+    n_rows = rows_for(n_slots, n_experts, t.rows)
+    n_columns, n_depth = block(width, t.columns // 2 if gated else t.columns), block(depth, t.depth)
+    split = TILE_ROWS // n_rows
+    stride_depth, stride_width = (1, depth) if transposed else (columns, 1)
+    _grouped_rows[(n_tiles(n_slots, n_experts) * split, triton.cdiv(width, n_columns))](
+        rows, weight, bias, gate, out, pre, slots, tiles,
+        per_row or 1, depth, width, depth * columns, stride_depth, stride_width,
+        per_row is not None, kind, gated, gate is not None, bias is not None, keep_pre,
+        depth % n_depth == 0, width % n_columns == 0, split, n_rows, n_columns, n_depth, **t.launch,
+    )  # fmt: skip
+    return out, pre
+
+
+@triton.jit
+def _walk(
+    rows, weight, out, table, depth, width, stride_expert, stride_depth, stride_width,
+    EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[r] = rows[r] @ weight[e]: a column slice of the weights is loaded once, the rows of the expert pass by."""
+    entry = table + 3 * tl.program_id(1)
+    expert = tl.load(entry).to(tl.int64)
+    if expert < 0:
+        return
+    first, stop = tl.load(entry + 1), tl.load(entry + 2)
+    stop = tl.minimum(stop, first + CHUNK)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, DEPTH)
+    deep, wide = k < depth, n < width
+    b_at = weight + expert * stride_expert + k[:, None] * stride_depth + n[None, :] * stride_width
+    if EVEN_DEPTH and EVEN_WIDTH:
+        b = tl.load(b_at)
+    else:
+        b = tl.load(b_at, mask=deep[:, None] & wide[None, :], other=0.0)
+    for at in tl.range(first, stop, ROWS, num_stages=STAGES):
+        row = at + tl.arange(0, ROWS)
+        here = row < stop
+        a_at = rows + row.to(tl.int64)[:, None] * depth + k[None, :]
+        if EVEN_DEPTH:
+            a = tl.load(a_at, mask=here[:, None], other=0.0)
+        else:
+            a = tl.load(a_at, mask=here[:, None] & deep[None, :], other=0.0)
+        product = tl.dot(a, b, input_precision="ieee")
+        o_at = out + row.to(tl.int64)[:, None] * width + n[None, :]
+        if EVEN_WIDTH:
+            tl.store(o_at, product.to(out.dtype.element_ty), mask=here[:, None])
+        else:
+            tl.store(o_at, product.to(out.dtype.element_ty), mask=here[:, None] & wide[None, :])
+
+
+def ordered_rows(
+    rows: Tensor, weight: Tensor, slots: Tensor, tiles: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Rows in expert order times the matrix of their expert: [S, D] -> [S, F]. Made for few columns in, many out."""
+    n_slots, n_experts = slots.shape[0], weight.shape[0]
+    depth, width = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
+    t = tile("walk", rows)
+    if depth > DEEPEST_WALK or n_slots == 0 or rows_for(n_slots, n_experts, t.rows) < t.rows:
+        return grouped_rows(rows, weight, slots, tiles, per_row=None, transposed=transposed)[0]
+    out = torch.empty(n_slots, width, dtype=rows.dtype, device=rows.device)
+    columns, deep = block(width, t.columns), block(depth, DEEPEST_WALK)
+    chunks = tiles[n_tiles(n_slots, n_experts) :]
+    stride_depth, stride_width = (1, depth) if transposed else (width, 1)
+    _walk[(triton.cdiv(width, columns), chunks.shape[0])](
+        rows, weight, out, chunks, depth, width, depth * width, stride_depth, stride_width,
+        depth == deep, width % columns == 0, t.rows, columns, deep, t.stages, num_warps=t.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gather_sum(
+    rows, position, gate, index, bias, out, n_out, width,
+    GATHER: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[o] = sum over j of gate · rows[position[o, j]] (+ gate · bias[index[o, j]]), in float32."""
+    o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = o < n_out
+    mask = here[:, None] & (n < width)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for j in tl.static_range(TERMS):
+        at = o * TERMS + j
+        source = tl.load(position + at, mask=here, other=0).to(tl.int64) if GATHER else at
+        term = tl.load(rows + source[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GATES:
+            term *= tl.load(gate + at, mask=here, other=0.0).to(tl.float32)[:, None]
+        total += term
+        if BIAS:
+            expert = tl.load(index + at, mask=here, other=0).to(tl.int64)
+            shift = tl.load(bias + expert[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += shift * tl.load(gate + at, mask=here, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + o[:, None] * width + n[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+def _sum_columns(width: int) -> int:
+    """Columns of a sum: up to 1024, and a divisor of the width where that is at least 256."""
+    divisor = min(width & -width, 1024)
+    return divisor if divisor >= 256 else min(1024, triton.next_power_of_2(width))
+
+
+def gather_sum(
+    rows: Tensor, position: Tensor | None, n_out: int, terms: int, gate: Tensor | None = None,
+    bias: Tensor | None = None, bias_gate: Tensor | None = None, index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum `terms` rows for each of `n_out` outputs; rows lie in order where position is None.
+
+    gate weighs the rows. bias [E, F] is added once per term, weighed by bias_gate, of the term's expert in `index`.
+    """
+    width = rows.shape[1]
+    out = torch.empty(n_out, width, dtype=rows.dtype, device=rows.device)
+    if n_out and width:
+        columns, n_rows = _sum_columns(width), 16 if interpreted() else 1
+        _gather_sum[(triton.cdiv(n_out, n_rows), triton.cdiv(width, columns))](
+            rows, position, gate if bias is None else bias_gate, index, bias, out, n_out, width,
+            position is not None, gate is not None, bias is not None, terms, n_rows, columns,
+            num_warps=4 if columns >= 512 else 1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _weight_gradient(
+    left, right, gate, out, slots, offsets, per_left, per_right, height, width,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of the matrix, all its rows."""
+    expert = tl.program_id(1)
+    n_across = tl.cdiv(width, COLUMNS)
+    m = (tl.program_id(0) // n_across) * ROWS + tl.arange(0, ROWS)
+    n = (tl.program_id(0) % n_across) * COLUMNS + tl.arange(0, COLUMNS)
+    high, wide = m < height, n < width
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    stop = tl.load(offsets + expert + 1)
+    for at in range(tl.load(offsets + expert), stop, DEPTH):
+        row = at + tl.arange(0, DEPTH)
+        here = row < stop
+        slot = tl.load(slots + row, mask=here, other=0)
+        a_row = (slot // per_left if GATHER_LEFT else row).to(tl.int64)
+        b_row = (slot // per_right if GATHER_RIGHT else row).to(tl.int64)
+        a_mask = here[:, None] if EVEN else here[:, None] & high[None, :]
+        b_mask = here[:, None] if EVEN else here[:, None] & wide[None, :]
+        a = tl.load(left + a_row[:, None] * height + m[None, :], mask=a_mask, other=0.0)
+        b = tl.load(right + b_row[:, None] * width + n[None, :], mask=b_mask, other=0.0)
+        if GATES:
+            g = tl.load(gate + slot, mask=here, other=0.0).to(tl.float32)
+            b = (b.to(tl.float32) * g[:, None]).to(b.dtype)
+        acc = accumulate(tl.trans(a), b, acc)
+    o_at = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=high[:, None] & wide[None, :])
+
+
+def weight_gradient(
+    left: Tensor, right: Tensor, slots: Tensor, offsets: Tensor, *, per_left: int | None, per_right: int | None,
+    dtype: torch.dtype, gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum of outer products of each expert's rows, [E, D, F] in `dtype`; rows gathered by slot // per_*, or in expert order."""
+    n_experts, height, width = offsets.shape[0] - 1, left.shape[1], right.shape[1]
+    out = torch.empty(n_experts, height, width, dtype=dtype, device=left.device)
+    if out.numel() == 0:
+        return out
+    t = tile("weight", left)
+    n_rows, n_columns = block(height, t.rows), block(width, t.columns)
+    _weight_gradient[(triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns), n_experts)](
+        left, right, gate, out, slots, offsets, per_left or 1, per_right or 1, height, width,
+        per_left is not None, per_right is not None, gate is not None,
+        height % n_rows == 0 and width % n_columns == 0, n_rows, n_columns, t.depth, **t.launch,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _segment_sum(
+    rows,
+    gate,
+    out,
+    slots,
+    offsets,
+    per_row,
+    width,
+    GATHER: tl.constexpr,
+    GATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out[e] = sum over the rows of e of gate · rows[r]."""
+    expert = tl.program_id(0)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    stop = tl.load(offsets + expert + 1)
+    for at in range(tl.load(offsets + expert), stop, ROWS):
+        row = at + tl.arange(0, ROWS)
+        here = row < stop
+        slot = tl.load(slots + row, mask=here, other=0)
+        source = (slot // per_row if GATHER else row).to(tl.int64)
+        mask = here[:, None] & (n < width)[None, :]
+        term = tl.load(rows + source[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GATES:
+            term *= tl.load(gate + slot, mask=here, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(term, 0)
+    tl.store(out + expert.to(tl.int64) * width + n, total.to(out.dtype.element_ty), mask=n < width)
+
+
+def segment_sum(
+    rows: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    *,
+    per_row: int | None,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Sum of each expert's rows, [E, F] in `dtype`: the gradient of a bias."""
+    n_experts, width = offsets.shape[0] - 1, rows.shape[1]
+    out = torch.empty(n_experts, width, dtype=dtype, device=rows.device)
+    columns = block(width, 64)
+    if width:
+        _segment_sum[(n_experts, triton.cdiv(width, columns))](
+            rows,
+            gate,
+            out,
+            slots,
+            offsets,
+            per_row or 1,
+            width,
+            per_row is not None,
+            gate is not None,
+            32,
+            columns,
+        )
+    return out
+
+
+@triton.jit
+def _row_dots(
+    left,
+    right,
+    left_row,
+    right_row,
+    before,
+    out,
+    n_rows,
+    width,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """out[i] = left[left_row[i]] · right[right_row[i]] (+ before[i]), in float32."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = i < n_rows
+    a_row = tl.load(left_row + i, mask=here, other=0).to(tl.int64)
+    b_row = tl.load(right_row + i, mask=here, other=0).to(tl.int64)
+    total = tl.zeros((ROWS,), tl.float32)
+    for at in range(0, width, COLUMNS):
+        n = at + tl.arange(0, COLUMNS)
+        mask = here[:, None] & (n < width)[None, :]
+        a = tl.load(left + a_row[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(right + b_row[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(a * b, 1)
+    if ADD:
+        total += tl.load(before + i, mask=here, other=0.0)
+    tl.store(out + i, total, mask=here)
+
+
+def row_dots(
+    left: Tensor, right: Tensor, left_row: Tensor, right_row: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """Dot products of listed rows, float32, added to `before` if given: the gradient of gates."""
+    n_rows, width = left_row.shape[0], left.shape[1]
+    out = torch.empty(n_rows, dtype=torch.float32, device=left.device)
+    if n_rows:
+        _row_dots[(triton.cdiv(n_rows, 16),)](
+            left,
+            right,
+            left_row,
+            right_row,
+            before,
+            out,
+            n_rows,
+            width,
+            before is not None,
+            16,
+            block(width, 128),
+        )
+    return out
