@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import typer
 
 from moeut_compose.cli.arguments import JsonOption, SpecsArgument, check_overrides, find_any, specs_and_overrides
 from moeut_compose.cli.failures import FAILED, USAGE, complain, wrong_usage
-from moeut_compose.cli.output import print_json
-from moeut_compose.spec.find import Kind, NotFound, find
+from moeut_compose.cli.output import as_json_text, print_json
+from moeut_compose.spec.find import Kind, NotFound, find, name_of, singular
 from moeut_compose.spec.io import load_as, load_spec, model_of, shown, split_overrides
+from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.problems import Problem, SpecError
 from moeut_compose.spec.schema import json_schema
 
@@ -48,31 +50,31 @@ def new(
     if not _NAME.fullmatch(stem) or ".." in stem:
         raise wrong_usage(f"{name!r} is not a name: use letters, digits, _ and -, and / for a subfolder")
     path = Path("architectures", f"{stem}.yaml")
-    spec = load_spec(base)
-    source = find(base, "architectures")
     if path.exists():
         raise wrong_usage(f"{path} exists already")
-    folder = Path("schemas")
-    base_name = os.path.relpath(source, path.parent) if Path(base).is_file() else base
+    source = find(base, "architectures")
+    if name_of(source, "architectures") == stem:
+        raise wrong_usage(f"{stem} would extend itself; give the variant a name of its own")
+    spec = load_spec(base)
+    schema_file = Path("schemas", "architecture.json")
     text = _TEMPLATE.format(
-        schema=os.path.relpath(folder / "architecture.json", path.parent),
-        base=base_name,
+        schema=os.path.relpath(schema_file, path.parent),
+        base=os.path.relpath(source, path.parent) if Path(base).exists() else base,
         name=stem.rpartition("/")[2],
         base_title=spec.name,
         repeats=spec.stages[0].repeats,
         d_model=spec.d_model,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    schema_file = folder / "architecture.json"
+    _write_new(path, text)
     if not schema_file.exists():
-        import json
-
-        folder.mkdir(exist_ok=True)
-        document = json_schema(model_of("architectures"), "architectures")
-        schema_file.write_text(f"{json.dumps(document, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
+        _write_new(schema_file, as_json_text(json_schema(ModelSpec, "architectures")) + "\n")
     load_spec(path)
     print(path)
+
+
+def _write_new(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 _TEMPLATE = """\
@@ -97,35 +99,47 @@ def validate(specs: SpecsArgument, as_json: JsonOption = False) -> None:
     check_overrides(overrides)
     reports = [_check(name, overrides) for name in names]
     if as_json:
-        print_json(reports)
-    for report in reports if not as_json else ():
-        if report["ok"]:
-            print(f"{report['path']}: ok")
-        for line in report["lines"]:
-            complain(line)
-    for report in reports:
-        del report["lines"]
-    if not all(report["ok"] for report in reports):
-        raise typer.Exit(FAILED if any(report["path"] and not report["ok"] for report in reports) else USAGE)
+        print_json([report.to_dict() for report in reports])
+    else:
+        for report in reports:
+            report.print()
+    if not all(report.ok for report in reports):
+        raise typer.Exit(FAILED if any(report.path and not report.ok for report in reports) else USAGE)
 
 
-def _check(name: str, overrides: list[str]) -> dict[str, Any]:
-    report: dict[str, Any] = {"spec": name, "kind": None, "path": None, "ok": False, "problems": [], "lines": []}
+@dataclass
+class _Report:
+    """What is wrong with one spec; `path` is empty if there is none of that name."""
+
+    spec: str
+    kind: str = ""
+    path: str = ""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def print(self) -> None:
+        if self.ok:
+            print(f"{self.path}: ok")
+        for problem in self.problems:
+            complain(str(problem) if self.path else f"error: {problem.message}")
+
+    def to_dict(self) -> dict[str, Any]:
+        problems = [asdict(problem) for problem in self.problems]
+        return {"spec": self.spec, "kind": self.kind, "path": self.path, "ok": self.ok, "problems": problems}
+
+
+def _check(name: str, overrides: list[str]) -> _Report:
+    report = _Report(name)
     try:
         path, kind = find_any(name)
-        report |= {"kind": kind.removesuffix("s"), "path": shown(path)}
+        report.kind, report.path = singular(kind), shown(path)
         architecture, recipe = split_overrides(overrides)
         load_as(model_of(kind), kind, path, recipe if kind == "recipes" else architecture)
     except NotFound as error:
-        report |= {"problems": [_as_data(Problem(name, 0, 0, "", str(error)))], "lines": [f"error: {error}"]}
+        report.problems = [Problem(name, 0, 0, "", str(error))]
     except SpecError as error:
-        report |= {"problems": [_as_data(p) for p in error.problems], "lines": [str(p) for p in error.problems]}
-    else:
-        report["ok"] = True
+        report.problems = error.problems
     return report
-
-
-def _as_data(problem: Problem) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(problem)

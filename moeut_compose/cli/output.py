@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def as_json_text(document: Any) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(as_json_text(document))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_text_columns: int = 1) -> None:

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from moeut_compose.cli.output import print_table
-
 if TYPE_CHECKING:
     from moeut_compose.train.plan import TrainingPlan
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _CURVE_ROWS = 4
+_CURVE_COLUMNS = 48
 
 
 def print_plan(plan: "TrainingPlan") -> None:
@@ -31,7 +30,9 @@ def print_plan(plan: "TrainingPlan") -> None:
     ]
     if plan.seconds is not None:
         rows.append(("duration", f"about {format_duration(plan.seconds)}"))
-    print_table(("", ""), rows, n_text_columns=2)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
     print("\nlearning rate")
     for line in draw_curve(plan.lr_curve):
         print(f"  {line}")
@@ -40,16 +41,25 @@ def print_plan(plan: "TrainingPlan") -> None:
 
 
 def draw_curve(points: list[tuple[int, float]]) -> list[str]:
-    """Bars, one for each point, with the largest and the smallest value and the first and the last step."""
-    highest = max(value for _, value in points)
-    levels = [round(value / highest * 8 * _CURVE_ROWS) if highest else 0 for _, value in points]
-    lines = []
-    for row in reversed(range(_CURVE_ROWS)):
-        lines.append("".join(_BARS[min(max(level - 8 * row, 0), 8)] for level in levels))
-    lines[0] += f"  peak {highest:.3g} at step {max(points, key=lambda point: point[1])[0]:,}"
+    """Bars over evenly spaced steps, with the largest and the last value and the first and the last step.
+
+    `points` are steps in order, each with its value; between two of them the earlier one holds.
+    """
+    last_step = points[-1][0]
+    values = [_value_at(points, last_step * column / (_CURVE_COLUMNS - 1)) for column in range(_CURVE_COLUMNS)]
+    peak_step, highest = max(points, key=lambda point: point[1])
+    levels = [round(value / highest * 8 * _CURVE_ROWS) if highest else 0 for value in values]
+    lines = [
+        "".join(_BARS[min(max(level - 8 * row, 0), 8)] for level in levels) for row in reversed(range(_CURVE_ROWS))
+    ]
+    lines[0] += f"  peak {highest:.4g} at step {peak_step:,}"
     lines[-1] += f"  last {points[-1][1]:.4g}"
-    first, last = f"{points[0][0]:,}", f"step {points[-1][0]:,}"
-    return [*lines, first + last.rjust(len(points) - len(first))]
+    end = f"step {last_step:,}"
+    return [*lines, f"{points[0][0]:,}{end.rjust(_CURVE_COLUMNS - 1)}"]
+
+
+def _value_at(points: list[tuple[int, float]], step: float) -> float:
+    return next((value for at, value in reversed(points) if at <= step), points[0][1])
 
 
 def _gib(n_bytes: float) -> str:
