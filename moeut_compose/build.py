@@ -13,7 +13,8 @@ from torch import nn
 
 from moeut_compose.blocks import balance as terms
 from moeut_compose.blocks.feedforwards import DenseFeedForward, ExpertFeedForward
-from moeut_compose.blocks.halting import Halting, NoHalting, StickBreaking
+from moeut_compose.blocks.graves_act import GravesACT
+from moeut_compose.blocks.halting import AnyHalting, NoHalting
 from moeut_compose.blocks.layers import Layer, PeriNormLayer, PostNormLayer, PreNormLayer
 from moeut_compose.blocks.mixers import Attention, MixtureOfAttention, SwitchHead
 from moeut_compose.blocks.model import LanguageModel
@@ -23,6 +24,7 @@ from moeut_compose.blocks.roles import FeedForward, Mixer, Position, Router
 from moeut_compose.blocks.routers import MLPRouter, SigmoidRouter, SoftmaxRouter
 from moeut_compose.blocks.stages import Stage
 from moeut_compose.blocks.steered_routers import BiasedSigmoidRouter, ReluRouter
+from moeut_compose.blocks.stick_breaking import StickBreaking
 from moeut_compose.spec.balance import (
     BalanceSpec,
     CVSquaredSpec,
@@ -34,7 +36,7 @@ from moeut_compose.spec.balance import (
     ZLossSpec,
 )
 from moeut_compose.spec.feedforwards import DenseSpec, FeedForwardSpec, MoESpec, SigmaMoESpec
-from moeut_compose.spec.halting import ActSpec, HaltingSpec, NoHaltingSpec
+from moeut_compose.spec.halting import ActSpec, GravesActSpec, HaltingSpec, NoHaltingSpec
 from moeut_compose.spec.mixers import AttentionSpec, MixerSpec, MixtureOfAttentionSpec, SwitchHeadSpec
 from moeut_compose.spec.model import Member, ModelSpec
 from moeut_compose.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
@@ -289,11 +291,13 @@ def build_position(spec: PositionSpec, *, n_heads: int, d_head: int, n_positions
             assert_never(spec)
 
 
-def build_halting(spec: HaltingSpec, d_model: int) -> Halting:
+def build_halting(spec: HaltingSpec, d_model: int) -> AnyHalting:
     match spec:
         case NoHaltingSpec():
             return NoHalting()
         case ActSpec():
             return StickBreaking(d_model, threshold=spec.threshold, weight=spec.weight)
+        case GravesActSpec():
+            return GravesACT(d_model, threshold=spec.threshold, weight=spec.weight, gate_bias=spec.gate_bias)
         case _:
             assert_never(spec)

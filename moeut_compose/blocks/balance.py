@@ -23,7 +23,7 @@ class Observation(NamedTuple):
     """`[B, T, H, E]`, at least float32."""
     probability: Tensor
     """`[B, T, H, E]` softmax of the logits; zero for tokens that rest."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
     """`[B, T, H, K]` chosen experts."""
     gate: Tensor
     """`[B, T, H, K]` their weights."""
@@ -83,7 +83,8 @@ class Entropy(Balance):
     def loss(self, stats: Stats) -> Tensor:
         sums = self.pooled(stats)
         usage = sums["probability"] / sums["mass"]
-        return -torch.special.entr(usage).sum(-1).mean()
+        entropy: Tensor = torch.special.entr(usage).sum(-1)
+        return -entropy.mean()
 
 
 class Switch(Balance):

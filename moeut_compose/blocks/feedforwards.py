@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_
-from moeut_compose.blocks.roles import FeedForward, Router
+from moeut_compose.blocks.roles import Alive, FeedForward, Router, everyone, running
 from moeut_compose.blocks.stats import Stats, under
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
@@ -51,7 +51,7 @@ class DenseFeedForward(FeedForward):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
         return self.down(activate(self.up(data), self.activation)), {}
 
 
@@ -103,19 +103,22 @@ class ExpertFeedForward(FeedForward):
         if self.shared is not None:
             self.shared.reset_parameters(scale=scale)
 
-    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
         routing = self.router(select, alive)
-        plan = mk.plan(routing.index.flatten(0, 1), self.router.n_experts)
+        index, gate, rows = (
+            running(part.flatten(0, 1), alive) for part in (routing.index, routing.gate, data)
+        )
         output = mk.expert_feedforward(
-            data.flatten(0, 1),
+            rows,
             self.up,
             self.down,
-            plan,
-            routing.gate.flatten(0, 1),
+            mk.plan(index, self.router.n_experts),
+            gate,
             activation=self.activation,
             b_up=self.up_bias,
             b_down=self.down_bias,
-        ).view(*data.shape[:-1], -1)
+        )
+        output = everyone(output, alive).view(data.shape)
         if self.shared is not None:
             output = output + self.shared(data, select, alive=alive)[0]
         return output, under("router", routing.stats)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory
-from moeut_compose.blocks.roles import FeedForward, Mixer
+from moeut_compose.blocks.roles import Alive, FeedForward, Mixer
 from moeut_compose.blocks.stats import Stats, under
 
 
@@ -49,7 +49,7 @@ class Layer(nn.Module):
         hidden: Tensor,
         context: Tensor,
         *,
-        alive: Tensor | None = None,
+        alive: Alive | None = None,
         start: int = 0,
         past: Memory | None = None,
     ) -> Run:
@@ -60,12 +60,12 @@ class Layer(nn.Module):
 
     @abstractmethod
     def mix(
-        self, hidden: Tensor, context: Tensor, alive: Tensor | None, start: int, past: Memory | None
+        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
     ) -> tuple[Tensor, Stats, Memory]:
         """The mixer with its residual."""
 
     @abstractmethod
-    def transform(self, x: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
         """The feedforward with its residual."""
 
 
@@ -73,14 +73,14 @@ class PreNormLayer(Layer):
     """Norm before each block: y = x + A(N1 x); x' = y + F(N2 y)."""
 
     def mix(
-        self, hidden: Tensor, context: Tensor, alive: Tensor | None, start: int, past: Memory | None
+        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
     ) -> tuple[Tensor, Stats, Memory]:
         query = self.mixer_norm(hidden)
         source = query if context is hidden else self.mixer_norm(context)
         output, stats, memory = self.mixer(query, source, source, alive=alive, start=start, past=past)
         return hidden + output, stats, memory
 
-    def transform(self, x: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
         normed = self.feedforward_norm(x)
         output, stats = self.feedforward(normed, normed, alive=alive)
         return x + output, stats
@@ -90,12 +90,12 @@ class PostNormLayer(Layer):
     """Norm after each residual sum: y = N1(x + A(x)); x' = N2(y + F(y))."""
 
     def mix(
-        self, hidden: Tensor, context: Tensor, alive: Tensor | None, start: int, past: Memory | None
+        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
     ) -> tuple[Tensor, Stats, Memory]:
         output, stats, memory = self.mixer(hidden, context, context, alive=alive, start=start, past=past)
         return self.mixer_norm(hidden + output), stats, memory
 
-    def transform(self, x: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
         output, stats = self.feedforward(x, x, alive=alive)
         return self.feedforward_norm(x + output), stats
 
@@ -107,13 +107,13 @@ class PeriNormLayer(Layer):
     """
 
     def mix(
-        self, hidden: Tensor, context: Tensor, alive: Tensor | None, start: int, past: Memory | None
+        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
     ) -> tuple[Tensor, Stats, Memory]:
         query = self.mixer_norm(hidden)
         key = query if context is hidden else self.mixer_norm(context)
         output, stats, memory = self.mixer(query, key, context, alive=alive, start=start, past=past)
         return hidden + output, stats, memory
 
-    def transform(self, x: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
         output, stats = self.feedforward(x, self.feedforward_norm(x), alive=alive)
         return x + output, stats

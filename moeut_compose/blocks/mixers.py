@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeut_compose.blocks.attention import attend, remember, split_heads
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_, xavier_uniform_
-from moeut_compose.blocks.roles import Mixed, Mixer, Position, Router, Routing
+from moeut_compose.blocks.roles import Alive, Mixed, Mixer, Position, Router, Routing, everyone, running
 from moeut_compose.blocks.stats import Stats, under
 
 
@@ -44,7 +44,7 @@ class Attention(Mixer):
         key: Tensor,
         value: Tensor,
         *,
-        alive: Tensor | None,
+        alive: Alive | None,
         start: int,
         past: Memory | None,
     ) -> Mixed:
@@ -100,30 +100,30 @@ class SwitchHead(Mixer):
         key: Tensor,
         value: Tensor,
         *,
-        alive: Tensor | None,
+        alive: Alive | None,
         start: int,
         past: Memory | None,
     ) -> Mixed:
         q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
         k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
-        v, stats = self._values(key, value, alive)
+        v, stats = self._values(key, value)
         memory = remember(k, v, past)
         mixed = attend(q, memory, position=self.position, start=start)
         output, output_stats = self._outputs(query, mixed, alive)
         return Mixed(output, stats | output_stats, memory)
 
-    def _plan(self, routing: Routing) -> tuple[mk.Plan, Tensor]:
-        """Kernel plan and gates `[N, H, K]` of a choice per head."""
+    def _plan(self, routing: Routing, alive: Alive | None = None) -> tuple[mk.Plan, Tensor]:
+        """Kernel plan and gates `[N, H, K]` of a choice per head, for the tokens that run."""
         offset = torch.arange(self.n_heads, device=routing.index.device)[:, None] * self.n_experts
-        plan = mk.plan((routing.index + offset).flatten(0, 1), self.n_heads * self.n_experts)
-        return plan, routing.gate.flatten(0, 1)
+        index = running((routing.index + offset).flatten(0, 1), alive)
+        return mk.plan(index, self.n_heads * self.n_experts), running(routing.gate.flatten(0, 1), alive)
 
-    def _values(self, key: Tensor, value: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
-        """Values `[B, H, T, d_head]`."""
+    def _values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Stats]:
+        """Values `[B, H, T, d_head]`; tokens at rest have theirs too, for others to read."""
         batch, length, _ = value.shape
         if self.value_router is None:
             return torch.einsum("btd,hdf->bhtf", value, self.value), {}
-        routing = self.value_router(key, alive)
+        routing = self.value_router(key, None)
         stats = under("value_router", routing.stats)
         if self.n_experts == 1:
             v = torch.einsum("btd,hdf->bhtf", value, self.value)
@@ -132,7 +132,7 @@ class SwitchHead(Mixer):
         v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate)
         return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
 
-    def _outputs(self, query: Tensor, mixed: Tensor, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def _outputs(self, query: Tensor, mixed: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
         """Outputs `[B, T, D]` of attended values `[B, H, T, d_head]`."""
         batch, _, length, _ = mixed.shape
         routing = self.output_router(query, alive)
@@ -140,9 +140,9 @@ class SwitchHead(Mixer):
         if self.n_experts == 1:
             gated = mixed * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(mixed.dtype)
             return torch.einsum("bhtf,hfd->btd", gated, self.output), stats
-        plan, gate = self._plan(routing)
-        output = mk.expert_merge(mixed.transpose(1, 2).flatten(0, 1), self.output, plan, gate)
-        return output.view(batch, length, -1), stats
+        plan, gate = self._plan(routing, alive)
+        output = mk.expert_merge(running(mixed.transpose(1, 2).flatten(0, 1), alive), self.output, plan, gate)
+        return everyone(output, alive).view(batch, length, -1), stats
 
 
 class MixtureOfAttention(Mixer):
@@ -178,7 +178,7 @@ class MixtureOfAttention(Mixer):
         key: Tensor,
         value: Tensor,
         *,
-        alive: Tensor | None,
+        alive: Alive | None,
         start: int,
         past: Memory | None,
     ) -> Mixed:
@@ -186,15 +186,16 @@ class MixtureOfAttention(Mixer):
         routing = self.router(query, alive)
         chosen = routing.index.shape[-1]
         # a chosen expert is a group of its own: its query stands alone, its output is merged with its gate
-        index, gate = (part.reshape(batch * length, chosen, 1) for part in (routing.index, routing.gate))
+        choice = (part.reshape(batch * length, chosen, 1) for part in (routing.index, routing.gate))
+        index, gate = (running(part, alive) for part in choice)
         plan = mk.plan(index, self.router.n_experts)
-        queries = mk.expert_split(query.flatten(0, 1), self.query, plan, None)
-        q = queries.view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
+        queries = mk.expert_split(running(query.flatten(0, 1), alive), self.query, plan, None)
+        q = everyone(queries, alive).view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
         q = self.position.rotate(q, start)
         k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
         memory = remember(k, split_heads(self.value(value), self.n_heads), past)
         wide = tuple(part.repeat(1, chosen, 1, 1) for part in memory)
         mixed = attend(q, (wide[0], wide[1]), position=self.position, start=start)
         merged = mixed.transpose(1, 2).reshape(batch * length, chosen, -1)
-        output = mk.expert_merge(merged, self.output, plan, gate)
+        output = everyone(mk.expert_merge(running(merged, alive), self.output, plan, gate), alive)
         return Mixed(output.view(batch, length, d_model), under("router", routing.stats), memory)

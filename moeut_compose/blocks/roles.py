@@ -14,10 +14,39 @@ from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.stats import Stats
 
 
+class Alive(NamedTuple):
+    """Which tokens still run, where a stage halts tokens one by one."""
+
+    mass: Tensor
+    """`[B, T]` what of each token has not halted; zero at rest."""
+    rows: Tensor | None = None
+    """Places in `B * T` of the tokens that run, where products skip the others; None to compute all.
+
+    Both give the same results: a token at rest weighs all its experts with zero.
+    """
+
+    @property
+    def rests(self) -> Tensor:
+        """`[B, T]` booleans."""
+        return self.mass == 0
+
+
+def running(x: Tensor, alive: Alive | None) -> Tensor:
+    """The rows of `x [B * T, ...]` that products have to compute."""
+    return x if alive is None or alive.rows is None else x.index_select(0, alive.rows)
+
+
+def everyone(x: Tensor, alive: Alive | None) -> Tensor:
+    """Undo `running`: rows of tokens that were skipped are zero."""
+    if alive is None or alive.rows is None:
+        return x
+    return x.new_zeros(alive.mass.numel(), *x.shape[1:]).index_copy(0, alive.rows, x)
+
+
 class Routing(NamedTuple):
     """Which experts each token uses, and how strongly."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
     """`[B, T, H, K]` integers in `[0, n_experts)`."""
     gate: Tensor
     """`[B, T, H, K]` weights of the chosen experts."""
@@ -63,8 +92,8 @@ class Router(nn.Module, ABC):
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
 
     @abstractmethod
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
-        """Route `x [B, T, D]`. `alive [B, T]` is the mass of each token that has not halted; None means all."""
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
+        """Route `x [B, T, D]`. Tokens at rest get the weight zero."""
 
     @abstractmethod
     def losses(self, stats: Stats) -> dict[str, Tensor]:
@@ -88,7 +117,7 @@ class Mixer(nn.Module, ABC):
         key: Tensor,
         value: Tensor,
         *,
-        alive: Tensor | None,
+        alive: Alive | None,
         start: int,
         past: Memory | None,
     ) -> Mixed:
@@ -106,5 +135,5 @@ class FeedForward(nn.Module, ABC):
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
 
     @abstractmethod
-    def forward(self, data: Tensor, select: Tensor, *, alive: Tensor | None) -> tuple[Tensor, Stats]:
+    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
         """Transform `data [B, T, D]`; routers read `select [B, T, D]`."""

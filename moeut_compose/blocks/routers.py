@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moeut_compose.blocks.balance import Balance, Observation
 from moeut_compose.blocks.initialisation import keep_row_deviations_, normal_, uniform_
 from moeut_compose.blocks.precision import at_least_float32
-from moeut_compose.blocks.roles import Router, Routing
+from moeut_compose.blocks.roles import Alive, Router, Routing
 from moeut_compose.blocks.stats import Stats, below, under
 
 
@@ -38,17 +38,18 @@ class BalancedRouter(Router):
             torch.rand_like(scores) < self.expert_dropout, torch.finfo(scores.dtype).min
         )
 
-    def routing(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Tensor | None) -> Routing:
+    def routing(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Alive | None) -> Routing:
         """The choice and what balance terms make of it; tokens that rest weigh their experts with zero."""
         if alive is not None:
-            gate = gate.masked_fill((alive == 0)[:, :, None, None], 0.0)
+            gate = gate.masked_fill(alive.rests[:, :, None, None], 0.0)
         if not (self.training and self.observes):
             return Routing(index, gate, {})
         probability = logits.softmax(-1)
         if alive is not None:
-            rests = (alive == 0)[:, :, None, None]
+            rests = alive.rests[:, :, None, None]
             logits, probability = logits.masked_fill(rests, 0.0), probability.masked_fill(rests, 0.0)
-        return Routing(index, gate, self.observe(Observation(logits, probability, index, gate, alive)))
+        mass = None if alive is None else alive.mass
+        return Routing(index, gate, self.observe(Observation(logits, probability, index, gate, mass)))
 
     def observe(self, seen: Observation) -> Stats:
         """Sums of all balance terms."""
@@ -88,7 +89,8 @@ class LinearRouter(BalancedRouter):
 
     def logits(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`."""
-        return at_least_float32(x @ self.weight.t().to(x.dtype)).unflatten(-1, (self.n_heads, self.n_experts))
+        logits = at_least_float32(x @ self.weight.t().to(x.dtype))
+        return logits.view(*x.shape[:-1], self.n_heads, self.n_experts)
 
 
 class SigmoidRouter(LinearRouter):
@@ -125,7 +127,7 @@ class SigmoidRouter(LinearRouter):
         if self.attention:
             keep_row_deviations_(self.weight)
 
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         logits = self.logits(x)
         candidates = self.hide(logits)
         _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
@@ -153,7 +155,7 @@ class SoftmaxRouter(LinearRouter):
         self.after_top_k = after_top_k
         self.normalize = normalize
 
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         logits = self.logits(x)
         candidates = self.hide(logits)
         chosen, index = candidates.topk(self.top_k, dim=-1, sorted=False)
@@ -191,12 +193,12 @@ class MLPRouter(BalancedRouter):
         for weight in (self.inner.weight, self.inner.bias, self.weight):
             uniform_(weight, bound=bound)
 
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         hidden = torch.tanh(self.inner(x))
         logits = at_least_float32(hidden @ self.weight.t().to(hidden.dtype)).unsqueeze(-2)
         probability = self.hide(logits).softmax(-1)
         if alive is not None:
-            probability = probability.masked_fill((alive == 0)[:, :, None, None], 0.0)
+            probability = probability.masked_fill(alive.rests[:, :, None, None], 0.0)
         index = self._choose(probability)
         gate = probability.gather(-1, index)
         gate = gate / (gate.sum(-1, keepdim=True) + 1e-6)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory
-from moeut_compose.blocks.halting import Halting
+from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
-from moeut_compose.blocks.roles import Router
+from moeut_compose.blocks.roles import Alive, Router
 from moeut_compose.blocks.stats import Stats, below, pool, under
 
 
@@ -28,10 +28,14 @@ class StageRun(NamedTuple):
 class Stage(nn.Module):
     """Layers and the order in which they run; `schedule` holds `(member, repeat)` pairs."""
 
+    skips_resting: bool
+    """Leave tokens at rest out of expert products: less work, the same results, a wait for the device."""
+
     def __init__(
-        self, layers: Sequence[Layer], *, schedule: Sequence[tuple[int, int]], halting: Halting
+        self, layers: Sequence[Layer], *, schedule: Sequence[tuple[int, int]], halting: AnyHalting
     ) -> None:
         super().__init__()
+        self.skips_resting = False
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
         self.halting = halting
@@ -41,23 +45,29 @@ class Stage(nn.Module):
         state = self.halting.begin(x)
         stats: Stats = {}
         memories: list[Memory] = []
-        before = -1
+        before = 0
         for application, (member, repeat) in enumerate(self.schedule):
             if repeat != before:
                 state, before = self.halting.decide(state, repeat), repeat
             hidden, seen, memory = self.layers[member](
                 state.hidden,
                 state.context,
-                alive=state.alive,
+                alive=self._alive(state),
                 start=start,
                 past=past[application] if past else None,
             )
             state = self.halting.absorb(state, hidden)
             stats = pool(stats, under(f"layers.{member}", seen))
             memories.append(memory)
-        losses, halting_stats = self.halting.finish(state)
-        losses = under("halting", losses) | self._balance_losses(stats)
-        return StageRun(state.context, losses, stats | under("halting", halting_stats), tuple(memories))
+        output, halting_losses, halting_stats = self.halting.finish(state)
+        losses = under("halting", halting_losses) | self._balance_losses(stats)
+        return StageRun(output, losses, stats | under("halting", halting_stats), tuple(memories))
+
+    def _alive(self, state: HaltingState) -> Alive | None:
+        if state.alive is None:
+            return None
+        rows = state.alive.flatten().nonzero().squeeze(-1) if self.skips_resting else None
+        return Alive(state.alive, rows)
 
     def _balance_losses(self, stats: Stats) -> dict[str, Tensor]:
         """Balance terms of every router from its pooled sums: each counts once, however often it ran."""
@@ -66,3 +76,10 @@ class Stage(nn.Module):
             if isinstance(module, Router):
                 losses |= under(name, module.losses(below(name, stats)))
         return losses
+
+
+def skip_resting(model: nn.Module, skip: bool = True) -> None:
+    """Let all stages of `model` leave tokens at rest out of expert products, or weigh them with zero."""
+    for module in model.modules():
+        if isinstance(module, Stage):
+            module.skips_resting = skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeut_compose.blocks.balance import Balance, Observation, ReluL1
-from moeut_compose.blocks.roles import Router, Routing
+from moeut_compose.blocks.roles import Alive, Router, Routing
 from moeut_compose.blocks.routers import LinearRouter
 from moeut_compose.blocks.stats import Stats, below
 
@@ -51,7 +51,7 @@ class BiasedSigmoidRouter(LinearRouter):
         super().reset_parameters(scale=scale)
         self.selection_bias.zero_()
 
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         logits = self.logits(x)
         score = logits.sigmoid()
         chosen, index = self.hide(score + self.selection_bias).topk(self.top_k, dim=-1, sorted=False)
@@ -99,7 +99,7 @@ class ReluRouter(LinearRouter):
         super().reset_parameters(scale=scale)
         self.multiplier.fill_(1.0)
 
-    def forward(self, x: Tensor, alive: Tensor | None) -> Routing:
+    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         logits = self.logits(x)
         score, index = self.hide(logits).topk(self.max_active, dim=-1, sorted=False)
         return self.routing(logits, index, score.relu(), alive)

@@ -47,7 +47,7 @@ class AttentionSpec(Spec):
 
 
 class SwitchHeadSpec(Spec):
-    """Attention whose value and output projections are experts of each head (SwitchHead, arXiv:2312.07987)."""
+    """Attention with experts of each head for values and outputs (SwitchHead, arXiv:2312.07987)."""
 
     kind: Literal["switch_head"] = "switch_head"
     n_heads: Count
@@ -112,7 +112,7 @@ class SwitchHeadSpec(Spec):
 
 
 class MixtureOfAttentionSpec(Spec):
-    """Experts are bundles of heads over shared keys and values (mixture of attention; SUT, arXiv:2310.07096)."""
+    """Experts are bundles of heads over shared keys and values (SUT, arXiv:2310.07096)."""
 
     kind: Literal["mixture_of_attention"] = "mixture_of_attention"
     n_experts: Count

@@ -102,7 +102,7 @@ def test_three_equal_calls_give_the_term_of_one(scope: str, place: int) -> None:
 
 
 def test_repeats_pool_distributions_before_the_formula() -> None:
-    """Two calls that each use one expert look even together: the entropy of the mean, not the mean entropy."""
+    """Two calls that use one expert each look even together: the entropy of the mean, not the mean of two."""
     sharp = torch.full((1, 3, 1, 2), -50.0, dtype=torch.float64)
     first, second = sharp.clone(), sharp.clone()
     first[..., 0], second[..., 1] = 50.0, 50.0
@@ -141,7 +141,7 @@ def test_even_routing_is_where_switch_is_one_and_entropy_is_least() -> None:
 
 
 def test_mutual_information_as_coded_has_the_wrong_sign_and_the_other_has_not() -> None:
-    """Uniform routing carries no information: 0 as it should be, 2 log E as published (where tokens may halt)."""
+    """Uniform routing carries no information: 0 is right, 2 log E is what was published (with halting)."""
     logits = torch.zeros(1, 8, 1, E, dtype=torch.float64)
     gate = torch.ones(1, 8, 1, 1, dtype=torch.float64)
     seen = Observation(logits, logits.softmax(-1), torch.zeros(1, 8, 1, 1).long(), gate, torch.ones(1, 8))

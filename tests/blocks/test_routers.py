@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moeut_compose.blocks.balance import Entropy
-from moeut_compose.blocks.roles import Router, Routing
+from moeut_compose.blocks.roles import Alive, Router, Routing
 from moeut_compose.blocks.routers import MLPRouter, SigmoidRouter, SoftmaxRouter
 from moeut_compose.blocks.steered_routers import BiasedSigmoidRouter, ReluRouter
 
@@ -192,7 +192,7 @@ def test_tokens_at_rest_weigh_nothing_and_the_others_as_before(router: Router) -
     prepared(router)
     alive = torch.ones(2, 4, dtype=torch.float64)
     alive[0, 1] = alive[1, 3] = 0.0
-    rested, awake = dense(router(tokens(), alive)), dense(router(tokens(), None))
+    rested, awake = dense(router(tokens(), Alive(alive))), dense(router(tokens(), None))
     assert (rested[alive == 0] == 0).all()
     torch.testing.assert_close(rested[alive > 0], awake[alive > 0], atol=1e-5, rtol=0)
 

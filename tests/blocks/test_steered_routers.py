@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moeut_compose.blocks.balance import ReluL1
+from moeut_compose.blocks.roles import Alive
 from moeut_compose.blocks.stats import pool, totals, under
 from moeut_compose.blocks.steered_routers import BiasedSigmoidRouter, ReluRouter, steer_routers
 
@@ -70,7 +71,7 @@ def test_tokens_at_rest_are_no_load() -> None:
     router = biased()
     alive = torch.zeros(3, 8)
     alive[0] = 1.0
-    load = router(tokens(), alive).stats["load"]
+    load = router(tokens(), Alive(alive)).stats["load"]
     assert load.sum() == 8 * K
     assert load[1:].sum() == 0
 
