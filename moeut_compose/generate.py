@@ -32,9 +32,10 @@ def generate(
 ) -> str:
     """Continue `prompt` and return prompt and continuation.
 
-    `temperature` 0 takes the likeliest token. `top_k` and `top_p` leave only the likeliest tokens, by number and by
-    joint probability. Generation ends after `max_new_tokens` or where the text reaches `stop`, which is cut off. An
-    empty prompt stands for the beginning of a document. `stream` receives the text piece by piece.
+    `temperature` 0 takes the likeliest token. `top_k` and `top_p` leave only the likeliest tokens, by number
+    and by joint probability. Generation ends after `max_new_tokens` or where the text reaches `stop`, which
+    is cut off. An empty prompt stands for the beginning of a document. `stream` receives the text piece by
+    piece.
 
     Raises `ValueError` for settings out of range.
     """
@@ -83,13 +84,11 @@ def continuation(
 ) -> tuple[str, bool]:
     """The text of `ids` after the prompt's ids `start`, and whether it has reached `stop`.
 
-    With `hold_back` a piece of text that may yet turn out to be the beginning of `stop` is not given out, nor is an
-    incomplete character.
+    With `hold_back` a piece of text that may yet turn out to be the beginning of `stop` is not given out, nor
+    is an incomplete character.
     """
-    if is_whole:
-        text = tokenizer.decode(ids)
-    else:
-        text = tokenizer.decode(start + ids)[len(tokenizer.decode(start)) :]
+    before = [] if is_whole else start
+    text = tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
     if stop and (end := text.find(stop)) >= 0:
         return text[:end].rstrip(), True
     if hold_back:
@@ -108,7 +107,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> int:
-    """Draw one token from `logits [V]`, on the CPU and in float32, so that a seed means the same everywhere."""
+    """Draw one token from `logits [V]`, on the CPU in float32, so that a seed means the same everywhere."""
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())

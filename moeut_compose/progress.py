@@ -1,6 +1,7 @@
 """Telling a person how long work takes: one protocol, a live bar on a terminal, plain lines elsewhere.
 
-Everything goes to stderr, so that results on stdout stay machine-readable. Library code only ever sees `Reporter`.
+Everything goes to stderr, so that results on stdout stay machine-readable. Library code only ever sees
+`Reporter`.
 """
 
 from __future__ import annotations

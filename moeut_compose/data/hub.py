@@ -1,7 +1,8 @@
 """Text from the Hugging Face hub, through `datasets`.
 
-`datasets` is only a source of documents here: order, tokens and position are ours, so that resuming is exact. Without
-a network, what lies in the local Hugging Face cache is used, and a dataset that is not there ends in one clear error.
+`datasets` is only a source of documents here: order, tokens and position are ours, so that resuming is exact.
+Without a network, what lies in the local Hugging Face cache is used, and a dataset that is not there ends in
+one clear error.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 WAYS_OUT = """ways out:
   - train on the built-in corpus: leave --recipe out
   - train on your own files: a recipe with data: {kind: text, files: [...]} or {kind: jsonl, files: [...]}
-  - on a machine with a network, download the dataset once; then set HF_HOME to that folder here (HF_HUB_OFFLINE=1 skips
-    looking for a newer version), with data.streaming=false"""
+  - download the dataset on a machine with a network; then set HF_HOME to that folder here, with
+    recipe.data.streaming=false (HF_HUB_OFFLINE=1 skips looking for a newer version)"""
 
 
 class HubSource:
@@ -92,7 +93,7 @@ def take_turns(streams: Iterable[Iterator[str]]) -> Iterator[str]:
 
 
 def import_datasets() -> ModuleType:
-    """Import `datasets`, in offline mode if the hub cannot be reached: otherwise it would retry for half a minute."""
+    """Import `datasets`, offline if the hub cannot be reached: else it would retry for half a minute."""
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     if (
         "huggingface_hub" not in sys.modules
@@ -120,7 +121,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
 
 
 def hub_failures() -> tuple[type[BaseException], ...]:
-    """What `datasets` raises when a dataset cannot be had: also the errors of whichever HTTP library it came with."""
+    """What `datasets` raises when a dataset cannot be had, and the HTTP library that it came with."""
     found: list[Any] = [OSError, ValueError, RuntimeError]
     for name in ("httpx", "httpx2"):
         error = getattr(sys.modules.get(name), "HTTPError", None)

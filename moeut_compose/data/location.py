@@ -19,6 +19,7 @@ def cache_folder(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot create the cache folder {folder}: {error.strerror or error}; name another in MOEUT_COMPOSE_CACHE"
+            f"cannot create the cache folder {folder}: {error.strerror or error}; "
+            "name another in MOEUT_COMPOSE_CACHE"
         ) from error
     return folder

@@ -1,7 +1,7 @@
 """Which windows a training step sees: a pure function of seed and step.
 
-Nothing is remembered between steps, and neither workers nor the number of processes enter, so resuming anywhere gives
-the same data to the same step.
+Nothing is remembered between steps, and neither workers nor the number of processes enter, so resuming
+anywhere gives the same data to the same step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _N_ROUNDS = 6
 def windows_of_step(step: int, batch_size: int, n_windows: int, seed: int, order: Order) -> list[int]:
     """The windows of 0-based step `step`, in batch order.
 
-    `streams` is the published order: `batch_size` contiguous streams of `n = n_windows // batch_size` windows side by
-    side, of which step p takes window `p + i*n` of each stream i; after n steps it starts again. `shuffled` deals out
-    permutations of all windows, another one each epoch; a batch may span two epochs.
+    `streams` is the published order: `batch_size` contiguous streams of `n = n_windows // batch_size` windows
+    side by side, of which step p takes window `p + i*n` of each stream i; after n steps it starts again.
+    `shuffled` deals out permutations of all windows, another one each epoch; a batch may span two epochs.
 
     Raises `ValueError` if the data is shorter than one batch of streams, or empty.
     """
@@ -30,7 +30,8 @@ def windows_of_step(step: int, batch_size: int, n_windows: int, seed: int, order
             n = n_windows // batch_size
             if n == 0:
                 raise ValueError(
-                    f"{n_windows} windows cannot fill {batch_size} streams; use order: shuffled or batch.size={n_windows}"
+                    f"{n_windows} windows cannot fill {batch_size} streams; "
+                    f"use order: shuffled or batch.size={n_windows}"
                 )
             return [step % n + stream * n for stream in range(batch_size)]
         case "shuffled":
@@ -48,8 +49,8 @@ def _dealt(position: int, n_windows: int, seed: int) -> int:
 def permuted(index: int, size: int, *, key: int) -> int:
     """Element `index` of a pseudo-random permutation of `range(size)`, without making the permutation.
 
-    A balanced Feistel network permutes the next power of four; numbers outside the range are sent through again until
-    they fall into it (cycle walking), which keeps it a permutation.
+    A balanced Feistel network permutes the next power of four; numbers outside the range are sent through
+    again until they fall into it (cycle walking), which keeps it a permutation.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

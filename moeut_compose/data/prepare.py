@@ -84,6 +84,7 @@ def check_length(train: TokenFile, context: int, recipe: RecipeSpec) -> None:
     needed = recipe.batch.size if recipe.order == "streams" else 1
     if available < needed:
         raise DataError(
-            f"the training text has {train.index.n_tokens:,} tokens, {available} windows of {context}, but order: "
-            f"{recipe.order} needs {needed}; use more text, a shorter context, a smaller batch or order: shuffled"
+            f"the training text has {train.index.n_tokens:,} tokens, {available} windows of {context}, "
+            f"but order: {recipe.order} needs {needed}; "
+            "use more text, a shorter context, a smaller batch or order: shuffled"
         )

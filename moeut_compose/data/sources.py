@@ -1,7 +1,7 @@
 """Sources of text: documents of a training part and a held-out part, in a fixed order.
 
-A source is opened from its description and read as often as needed. It holds no position: where reading starts is
-decided by whoever tokenises, and what training sees is decided by `windows`.
+A source is opened from its description and read as often as needed. It holds no position: where reading
+starts is decided by whoever tokenises, and what training sees is decided by `windows`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SentencePiece: training with the published settings, and the one tokenizer that everything else uses.
 
-Every document is encoded on its own, so each begins with the word-start mark, and no control tokens are added.
+Every document is encoded on its own, so each begins with the word-start mark, and no control tokens are
+added.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def prepare_tokenizer(
         tokenizer = _train_cached(spec, source, vocab_size, separator, reporter)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces but the architecture's vocab_size is {vocab_size}; "
-            f"set vocab_size={tokenizer.vocab_size} or name another tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} pieces but the architecture's vocab_size is "
+            f"{vocab_size}; set vocab_size={tokenizer.vocab_size} or name another tokenizer"
         )
     return tokenizer
 
@@ -146,8 +147,9 @@ def train_tokenizer(
             raise DataError(_training_failure(error, sentences, vocab_size)) from error
     if sentences.n_skipped:
         reporter.warn(
-            f"the tokenizer ignored {sentences.n_skipped:,} of {sentences.n_documents:,} documents, which are longer than "
-            f"{spec.max_sentence_length} bytes (published behaviour); tokenizer.long_documents=split uses them"
+            f"the tokenizer ignored {sentences.n_skipped:,} of {sentences.n_documents:,} documents, "
+            f"which are longer than {spec.max_sentence_length} bytes, as published; "
+            "tokenizer.long_documents=split uses them"
         )
     return Tokenizer(output.getvalue())
 
@@ -198,7 +200,7 @@ class TrainingText:
 
 
 def split_text(text: str, max_bytes: int) -> Iterator[str]:
-    """Cut a text into its lines, and lines longer than `max_bytes` of UTF-8 at spaces, or anywhere if they have none."""
+    """Cut a text into its lines, and lines longer than `max_bytes` of UTF-8 at spaces, or else anywhere."""
     for line in text.splitlines():
         while len(line.encode()) > max_bytes:
             head = line.encode()[:max_bytes].decode(errors="ignore")

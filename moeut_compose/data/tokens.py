@@ -1,7 +1,7 @@
 """Tokenised text on disk: written once, in constant memory, and mapped into memory afterwards.
 
-A token file is a folder with `tokens.bin` (ids, little endian) and `index.json`. It is written beside its final place and
-renamed when complete, so one that exists is whole.
+A token file is a folder with `tokens.bin` (ids, little endian) and `index.json`. It is written beside its
+final place and renamed when complete, so one that exists is whole.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _publish(temporary: Path, folder: Path, index: TokenIndex) -> None:
 
 
 def save_head(tokens: TokenFile, folder: Path, n_tokens: int | None) -> None:
-    """Copy the first `n_tokens` ids of a token file into a new one, with a proportional share of its byte count."""
+    """Copy the first `n_tokens` ids of a token file into a new one, with their share of its byte count."""
     count = tokens.index.n_tokens if n_tokens is None else min(n_tokens, tokens.index.n_tokens)
     share = count / max(1, tokens.index.n_tokens)
     index = TokenIndex(

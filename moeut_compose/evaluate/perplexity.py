@@ -1,6 +1,7 @@
 """Perplexity on held-out text: in float32, outside autocast, over every target of every window.
 
-Windows start without context, as in training. Nothing is dropped, so the figure does not depend on the batch size.
+Windows start without context, as in training. Nothing is dropped, so the figure does not depend on the batch
+size.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def measure_perplexity(
 ) -> Perplexity:
     """Perplexity of a model over the first `windows` windows of a text (none: all).
 
-    `between` is called after each batch with its number of windows. Bytes are counted in proportion to tokens.
+    `between` is called after each batch with its number of windows. Bytes are counted in proportion to
+    tokens.
     """
     device = next(model.parameters()).device
     count = text.n_windows(context) if windows is None else min(windows, text.n_windows(context))
@@ -97,8 +99,9 @@ def evaluate_run(
 ) -> dict[str, float | int]:
     """Perplexity of a trained run on its held-out text, or on that of `data`.
 
-    The held-out text lies in the run folder as far as training evaluated it; more windows are made from the recipe's data.
-    Returns `perplexity`, `bits_per_byte`, `cross_entropy`, `tokens`, `windows` and `step`. Raises `DataError`.
+    The held-out text lies in the run folder as far as training evaluated it; more windows are made from the
+    recipe's data. Returns `perplexity`, `bits_per_byte`, `cross_entropy`, `tokens`, `windows` and `step`.
+    Raises `DataError`.
     """
     reporter = reporter or SilentReporter()
     windows = windows or run.recipe.evaluation.windows

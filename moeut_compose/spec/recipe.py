@@ -1,7 +1,8 @@
 """The recipe: how a model is trained. It knows no architecture, so any recipe trains any architecture.
 
-Defaults are the published settings of MoEUT (arXiv:2405.16039): AdamW on every parameter, linear warm-up and a cosine
-to a tenth of the peak rate, 64 sequences a step, SentencePiece BPE, documents ended by the text `<STORY_SEP>`.
+Defaults are the published settings of MoEUT (arXiv:2405.16039): AdamW on every parameter, linear warm-up and
+a cosine to a tenth of the peak rate, 64 sequences a step, SentencePiece BPE, documents ended by the text
+`<STORY_SEP>`.
 """
 
 from typing import Annotated, Literal, Self
@@ -46,7 +47,7 @@ class TextData(DataOptions):
     kind: Literal["text"] = "text"
     files: Annotated[list[Name], Field(min_length=1)]
     """Paths or glob patterns, relative to the working directory."""
-    validation_files: list[Name] = []
+    validation_files: list[Name] = Field(default=[])
     """Held-out text; none: `validation_fraction` of `files`."""
     validation_fraction: ProperFraction = 0.01
     """Held-out share: the end of every file, or documents chosen by their hash where a file holds many."""
@@ -62,7 +63,7 @@ class JsonlData(DataOptions):
     """Paths or glob patterns, relative to the working directory."""
     field: Name = "text"
     """The key that holds the text."""
-    validation_files: list[Name] = []
+    validation_files: list[Name] = Field(default=[])
     """Held-out documents; none: `validation_fraction` of `files`."""
     validation_fraction: ProperFraction = 0.01
     """Held-out share of the documents, chosen by their hash."""
@@ -78,7 +79,7 @@ class HuggingFaceData(DataOptions):
     revision: Name | None = None
     data_files: dict[str, list[Name]] | None = None
     """Files of each split, as in `load_dataset`; `hf://datasets/…` addresses are allowed."""
-    data_dirs: list[Name] = []
+    data_dirs: list[Name] = Field(default=[])
     """Folders of the repository that are read in turn, one document from each."""
     split: Name = "train"
     validation_split: Name | None = "validation"
@@ -116,7 +117,7 @@ class TrainSentencePiece(Spec):
     max_sentence_length: Count = 4192
     """Bytes; SentencePiece ignores longer training texts."""
     long_documents: Literal["skip", "split"] = "skip"
-    """Longer documents: ignored as published, or split at line ends and spaces so that none of their text is lost."""
+    """Longer documents: ignored as published, or split at line ends and spaces so that no text is lost."""
     max_documents: LargeCount | None = None
     """Train on the first documents only."""
     max_bytes: LargeCount | None = None
@@ -165,8 +166,8 @@ OptimizerSpec = AdamWSpec
 class CosineSchedule(Spec):
     """Linear warm-up to the peak, then half a cosine down to `min_lr_multiplier` of it.
 
-    The published clock of the cosine stands at 0 during the warm-up and its period is the whole run, so a run with a
-    warm-up ends slightly above the floor.
+    The published clock of the cosine stands at 0 during the warm-up and its period is the whole run, so a run
+    with a warm-up ends slightly above the floor.
     """
 
     kind: Literal["cosine"] = "cosine"
@@ -231,7 +232,7 @@ class RecipeSpec(Spec):
     data: DataSpec = BuiltinData()
     tokenizer: TokenizerSpec = TrainSentencePiece()
     order: Literal["streams", "shuffled"] = "streams"
-    """Order of the training windows: contiguous streams side by side as published, or a permutation for each epoch."""
+    """Order of the training windows: contiguous streams side by side as published, or permuted each epoch."""
     batch: BatchSpec = BatchSpec()
     context: Count | None = None
     """Tokens of a training window; none: the architecture's context length."""

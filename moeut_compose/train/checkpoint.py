@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-XXXXXXXX` with the weights, the rest of the training state and `meta.json`, which holds
-a checksum of every other file. It is written under another name, flushed to disk and renamed; then the pointer
-`latest` is moved. Reading verifies the checksums, and a damaged checkpoint makes way for the one before.
+A checkpoint is a folder `step-XXXXXXXX` with the weights, the rest of the training state and `meta.json`,
+which holds a checksum of every other file. It is written under another name, flushed to disk and renamed;
+then the pointer `latest` is moved. Reading verifies the checksums, and a damaged checkpoint makes way for the
+one before.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of a step and point `latest` to it. Raises `CheckpointError` if the disk refuses.
 
-    `architecture` is the resolved YAML, `state` whatever `Checkpoint.load_state` shall give back (tensors, numbers,
-    strings, lists and dicts only), `meta` goes into `meta.json`.
+    `architecture` is the resolved YAML, `state` whatever `Checkpoint.load_state` shall give back (tensors,
+    numbers, strings, lists and dicts only), `meta` goes into `meta.json`.
     """
     final = step_folder(run, step)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -171,19 +172,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def find_checkpoint(run: Path, *, warn: Callable[[str], None], set_aside: bool = False) -> Checkpoint | None:
     """The newest checkpoint that is whole; None if a run has none.
 
-    Damaged ones are reported through `warn`, and renamed to `step-XXXXXXXX.damaged` with `set_aside`. Raises
-    `CheckpointError` if there are some and all are damaged.
+    Newer, damaged ones are reported through `warn` and with `set_aside` renamed to `step-XXXXXXXX.damaged`.
+    Raises `CheckpointError` if there are some and all are damaged.
     """
-    candidates = list_checkpoints(run)[::-1]
-    for path in candidates:
+    damaged: list[Path] = []
+    for path in list_checkpoints(run)[::-1]:
         try:
-            return open_checkpoint(path)
+            found = open_checkpoint(path)
         except CheckpointError as error:
             warn(f"{error}; trying an earlier checkpoint")
-            if set_aside:
-                path.rename(path.with_name(f"{path.name}.damaged"))
-    if candidates:
-        raise CheckpointError(f"{run}: none of {len(candidates)} checkpoints is whole")
+            damaged.append(path)
+            continue
+        for other in damaged if set_aside else ():
+            other.rename(other.with_name(f"{other.name}.damaged"))
+        return found
+    if damaged:
+        raise CheckpointError(f"{run}: none of {len(damaged)} checkpoints is whole")
     return None
 
 

@@ -97,9 +97,10 @@ def check_empty(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training into the same folder. Raises `RunError` if one does, or if it cannot be made.
+    """Keep other processes from training into the same folder, which is created if needed.
 
-    The lock belongs to the process and goes with it, however it ends.
+    The lock belongs to the process and goes with it, however it ends. Raises `RunError` if another process
+    holds it or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

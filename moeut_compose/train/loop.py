@@ -1,7 +1,8 @@
 """One optimiser step, and everything that must be remembered to take the next one.
 
-A `Trainer` knows nothing of files, data or commands: it is handed batches. A step either happens whole or not at all; when
-it is interrupted between micro-batches, weights, optimiser and random state are those of the step before.
+A `Trainer` knows nothing of files, data or commands: it is handed batches. A step either happens whole or not
+at all; when it is interrupted between micro-batches, weights, optimiser and random state are those of the
+step before.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Take one optimiser step on windows `batch [B, T + 1]`.
 
-        Loss and gradient are the means over the batch, whatever the micro-batch. `between` is called after each
-        micro-batch with its share of the batch; whatever it raises undoes the step. Returns scalars on the device: `loss`,
-        its parts (`cross_entropy` and the model's own terms) and `grad_norm` before clipping.
+        Loss and gradient are the means over the batch, whatever the micro-batch. `between` is called after
+        each micro-batch with its share of the batch; whatever it raises undoes the step. Returns scalars on
+        the device: `loss`, its parts (`cross_entropy` and the model's own terms) and `grad_norm` before
+        clipping.
         """
         self.model.train()
         random_state = random_state_dict(self.device)
@@ -111,7 +113,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; learning rate and other settings stay those of this trainer."""
+        """Continue where `state_dict` was taken; rate and other settings stay those of this trainer."""
         self.step = state["step"]
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         if self._scaler.is_enabled() and state["scaler"]:

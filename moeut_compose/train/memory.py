@@ -107,7 +107,7 @@ def choose_micro_batch(
     device: torch.device,
     free: int | None,
 ) -> int:
-    """The largest even share of a batch that fits into the memory of a device.
+    """The largest part of a batch that fits into the memory of a device, a divisor of it where one is near.
 
     On a CPU also no more than some thousand tokens, because more would only cost memory.
     """
@@ -117,5 +117,6 @@ def choose_micro_batch(
     if free is not None:
         room = free * _USABLE.get(device.type, 0.9) - 18 * n_params - activations.fixed
         limit = min(limit, max(1, int(room // activations.per_sequence)))
+    divisor = max(size for size in range(1, limit + 1) if batch_size % size == 0)
     n_parts = -(-batch_size // limit)
-    return -(-batch_size // n_parts)
+    return divisor if 2 * divisor > limit else -(-batch_size // n_parts)

@@ -1,7 +1,7 @@
 """Metrics: running means between rows, and the files that rows go to.
 
-`metrics.jsonl` is the record and only ever appended to; `metrics.csv` is the same table, written anew from it. A resumed
-run drops the rows after its checkpoint, so the files are those of an uninterrupted run.
+`metrics.jsonl` is the record and only ever appended to; `metrics.csv` is the same table, written anew from
+it. A resumed run drops the rows after its checkpoint, so the files are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class RunningMeans:
-    """Means of named scalars over the steps since the last row, kept on the device so that no step waits for it."""
+    """Means of named scalars of the steps since the last row, summed on the device so that no step waits."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def as_csv(rows: list[Row]) -> str:
-    """Rows as CSV; the columns are all keys in order of first appearance, and cells of missing keys are empty."""
+    """Rows as CSV; columns are all keys in order of first appearance, and cells of missing keys are empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over every parameter in one group: weight decay reaches norms, biases and embeddings, as published."""
+    """AdamW with all parameters in one group: norms, biases and embeddings decay too, as published."""
     parameters = list(model.parameters())
     fused = parameters[0].is_cuda if spec.fused == "auto" else spec.fused
     return torch.optim.AdamW(
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their joint L2 norm is at most `max_norm`; return the norm they had before."""
+    """Scale all gradients so that their joint L2 norm is at most `max_norm`; return the norm before."""
     parameters = list(parameters)
     if max_norm is None:
         return get_total_norm([p.grad for p in parameters if p.grad is not None])

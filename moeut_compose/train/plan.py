@@ -64,7 +64,7 @@ class TrainingPlan:
 def plan_training(
     spec: ModelSpec, recipe: RecipeSpec, *, device: str | torch.device = "auto"
 ) -> TrainingPlan:
-    """Work out a run. Builds no data and no weights. Raises `TrainError` if recipe and architecture do not fit."""
+    """Work out a run, without data or weights. Raises `TrainError` if recipe and architecture do not fit."""
     place = choose_device(device)
     precision = choose_precision(recipe.precision, place).name
     context = context_of(spec, recipe)
@@ -113,7 +113,7 @@ def plan_training(
 
 
 def context_of(spec: ModelSpec, recipe: RecipeSpec) -> int:
-    """Tokens of a training window. Raises `TrainError` if the recipe asks for more than the architecture has."""
+    """Tokens of a training window. Raises `TrainError` if the recipe asks for more than there are."""
     context = recipe.context or spec.context_length
     if context > spec.context_length:
         raise TrainError(
@@ -150,8 +150,8 @@ def _notes(
     notes = []
     if recipe.schedule.warmup_steps >= steps:
         notes.append(
-            f"the warm-up ({recipe.schedule.warmup_steps} steps) is not shorter than the run ({steps} steps), "
-            "so the peak learning rate is not held; set schedule.warmup_steps"
+            f"the warm-up ({recipe.schedule.warmup_steps} steps) is not shorter than the run "
+            f"({steps} steps), so the peak learning rate is not held; set schedule.warmup_steps"
         )
     limit = recipe.data.max_tokens
     if limit is not None and steps * tokens_per_step > limit:
@@ -160,6 +160,7 @@ def _notes(
         )
     if free is not None and memory.total > free:
         notes.append(
-            f"the step needs about {memory.total / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; it may not fit"
+            f"the step needs about {memory.total / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+            "it may not fit"
         )
     return notes

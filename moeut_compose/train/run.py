@@ -1,7 +1,7 @@
 """A run from start to end, and reading it back.
 
-`train` prepares the data, finds out where to begin, and hands over to a `Session`. Everything a run needs later lies in its
-folder: architecture, recipe, tokenizer, held-out text, metrics and checkpoints.
+`train` prepares the data, finds out where to begin, and hands over to a `Session`. Everything a run needs
+later lies in its folder: architecture, recipe, tokenizer, held-out text, metrics and checkpoints.
 """
 
 from __future__ import annotations
@@ -94,10 +94,11 @@ def train(
 ) -> TrainResult:
     """Train an architecture after a recipe, to the end.
 
-    `resume`: "auto" goes on with the run in `out` if there is one; "none" begins anew and wants `out` empty; a run or
-    checkpoint folder is gone on with, in place or, with another `out`, in a new run.
+    `resume`: "auto" goes on with the run in `out` if there is one; "none" begins anew and wants `out` empty;
+    a run or checkpoint folder is gone on with, in place or, with another `out`, in a new run.
 
-    Raises `DataError`, `TrainError` and its kinds: `RunError`, `CheckpointError`, `TrainingDiverged`, `Interrupted`.
+    Raises `DataError`, `TrainError` and its kinds: `RunError`, `CheckpointError`, `TrainingDiverged`,
+    `Interrupted`.
     """
     reporter = reporter or SilentReporter()
     recipe = with_absolute_paths(recipe)
@@ -201,8 +202,8 @@ def _check_same(earlier: Path, spec: ModelSpec, recipe: RecipeSpec) -> None:
     for key, (was, wanted) in order.items():
         if was != wanted:
             raise RunError(
-                f"{earlier} was started with recipe.{key}={was}, which decides the order of its data, and cannot go on "
-                f"with {wanted}; set recipe.{key}={was} or start a new run"
+                f"{earlier} was started with recipe.{key}={was}, which decides the order of its data, and "
+                f"cannot go on with {wanted}; set recipe.{key}={was} or start a new run"
             )
 
 
@@ -255,7 +256,8 @@ def _announce(
 ) -> None:
     passes = plan.tokens / max(1, data.train.index.n_tokens)
     reporter.note(
-        f"{spec.name}: {plan.params:,} parameters; {plan.steps:,} steps of {plan.batch_size} x {plan.context} tokens, "
+        f"{spec.name}: {plan.params:,} parameters; {plan.steps:,} steps of "
+        f"{plan.batch_size} x {plan.context} tokens, "
         f"{passes:.2g} passes over {data.train.index.n_tokens:,} tokens"
     )
     parts = f"{plan.accumulation} x {plan.micro_batch} sequences a step"

@@ -16,10 +16,11 @@ def lr_at(step: int, schedule: ScheduleSpec, base_lr: float, *, steps: int | Non
 
     With W warm-up steps it is `base_lr * (step + 1) / W` before step W. From then on the published cosine is
 
-        lr_min + (base_lr - lr_min) * (1 + cos(pi * u / S)) / 2,   u = step - W,   lr_min = min_lr_multiplier * base_lr
+        lr_min + (base_lr - lr_min) * (1 + cos(pi * u / S)) / 2
+        with u = step - W and lr_min = min_lr_multiplier * base_lr
 
-    Its period S is `schedule.period`, or else `steps`, the length of the whole run: not what the warm-up leaves of it,
-    so the floor is not reached when there is one. Past the period the rate stays at the floor.
+    Its period S is `schedule.period`, or else `steps`, the length of the whole run: not what the warm-up
+    leaves of it, so the floor is not reached when there is one. Past the period the rate stays at the floor.
 
     Raises `ValueError` if a cosine has neither period nor `steps`.
     """

@@ -1,7 +1,7 @@
 """The main loop of a run: steps, metrics, evaluations, checkpoints, and the way out.
 
-What is due after a step depends on the step number and on what is on disk alone. So a run that was stopped anywhere does
-after resuming what it would have done without the stop.
+What is due after a step depends on the step number and on what is on disk alone. So a run that was stopped
+anywhere does after resuming what it would have done without the stop.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Session:
             self._evaluate()
 
     def _write_row(self) -> dict[str, Any]:
-        """A row of means over the steps since the last one. Raises `TrainingDiverged` unless they are numbers."""
+        """A row of means over the steps since the last. Raises `TrainingDiverged` unless they are numbers."""
         self._refuse_nonsense()
         step = self._trainer.step
         row = {
@@ -241,8 +241,8 @@ class Session:
         if wrong:
             found = ", ".join(f"{name} {value}" for name, value in wrong.items())
             raise TrainingDiverged(
-                f"training diverged by step {self._trainer.step}: {found}; the last checkpoint is from before; try a lower "
-                "optimizer.lr, a longer schedule.warmup_steps or a smaller clip_norm"
+                f"training diverged by step {self._trainer.step}: {found}; the last checkpoint is older; "
+                "try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller clip_norm"
             )
 
     def _saved(self) -> Path:

@@ -1,7 +1,7 @@
 """Turning SIGINT and SIGTERM into an orderly stop.
 
-While data is prepared a signal stops at once. While the model trains it is only noted, and the loop asks between
-micro-batches, so that a checkpoint holds whole steps. A second signal always stops at once.
+While data is prepared a signal stops at once. While the model trains it is only noted, and the loop asks
+between micro-batches, so that a checkpoint holds whole steps. A second signal always stops at once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StopSignal:
 
 @contextmanager
 def catch_signals() -> Iterator[StopSignal]:
-    """Handle SIGINT and SIGTERM while inside; outside the main thread signals cannot be caught and none are."""
+    """Handle SIGINT and SIGTERM while inside. Only the main thread can; in others nothing is caught."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop

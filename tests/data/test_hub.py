@@ -33,7 +33,9 @@ def test_splits_in_file_order(local_dataset: HuggingFaceData) -> None:
 
 
 def test_documents_are_held_out_without_a_validation_split(local_dataset: HuggingFaceData) -> None:
-    source = open_source(local_dataset.model_copy(update={"validation_split": None, "validation_fraction": 0.3}))
+    source = open_source(
+        local_dataset.model_copy(update={"validation_split": None, "validation_fraction": 0.3})
+    )
     train, held_out = list(source.documents("train")), list(source.documents("validation"))
     assert sorted(train + held_out) == sorted(f"train {i}" for i in range(30))
     assert held_out
@@ -57,10 +59,16 @@ def test_offline_names_the_ways_out(tmp_path: Path) -> None:
     )
     root = Path(__file__).resolve().parents[2]
     # an endpoint where nothing listens: no name is looked up and no packet leaves the machine
-    changes = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    changes = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": f"{root}:{root / 'kernels'}",
+    }
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | changes
     environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("cannot read the dataset allenai/c4 (en):")
     assert all(way in done.stdout for way in ("built-in corpus", "kind: text", "kind: jsonl", "HF_HOME"))

@@ -21,7 +21,9 @@ def test_held_out_documents_are_a_partition(jsonl: Path, documents: list[str]) -
     assert not set(train) & set(held_out)
 
 
-def test_validation_files_leave_training_files_whole(jsonl: Path, documents: list[str], tmp_path: Path) -> None:
+def test_validation_files_leave_training_files_whole(
+    jsonl: Path, documents: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "held.jsonl").write_text('{"text": "a held-out text"}\n')
     source = open_source(JsonlData(files=[str(jsonl)], validation_files=[str(tmp_path / "held.jsonl")]))
     assert list(source.documents("train")) == documents

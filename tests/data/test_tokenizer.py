@@ -19,13 +19,21 @@ from moeut_compose.spec.recipe import JsonlData, SentencePieceFile, TrainSentenc
 
 
 def test_published_settings(documents: list[str]) -> None:
-    tokenizer = train_tokenizer(TrainSentencePiece(), with_separator(documents, "<STORY_SEP>"), vocab_size=200)
+    tokenizer = train_tokenizer(
+        TrainSentencePiece(), with_separator(documents, "<STORY_SEP>"), vocab_size=200
+    )
     assert tokenizer.vocab_size == 200
     pieces = tokenizer._processor.encode("in 1789.", out_type=str)
     assert {"1", "7", "8", "9"} <= set(pieces), "split_digits cuts numbers into digits"
     assert tokenizer._processor.encode("whale", out_type=str)[0].startswith("▁"), "a document starts a word"
-    assert tokenizer.decode(tokenizer.encode("Ahab  sees\n\tthe sea")) == "Ahab sees the sea", "whitespace collapses"
-    assert (tokenizer._processor.unk_id(), tokenizer._processor.bos_id(), tokenizer._processor.pad_id()) == (0, 1, -1)
+    assert tokenizer.decode(tokenizer.encode("Ahab  sees\n\tthe sea")) == "Ahab sees the sea", (
+        "whitespace collapses"
+    )
+    assert (tokenizer._processor.unk_id(), tokenizer._processor.bos_id(), tokenizer._processor.pad_id()) == (
+        0,
+        1,
+        -1,
+    )
     separator = tokenizer._processor.encode("<STORY_SEP>", out_type=str)
     assert len(separator) > 1, "the separator is text, not a special token"
 
@@ -37,7 +45,9 @@ def test_long_documents_are_skipped_with_a_word_or_split(documents: list[str], c
     spec = TrainSentencePiece()
     skipped = train_tokenizer(spec, [*documents, rare], vocab_size=200, reporter=PlainReporter(sys.stderr))
     assert "ignored 1 of 101 documents" in capsys.readouterr().err
-    split = train_tokenizer(spec.model_copy(update={"long_documents": "split"}), [*documents, rare], vocab_size=200)
+    split = train_tokenizer(
+        spec.model_copy(update={"long_documents": "split"}), [*documents, rare], vocab_size=200
+    )
     assert len(split.encode("Zarathustra")) < len(skipped.encode("Zarathustra"))
 
 
@@ -63,7 +73,9 @@ def test_limits_on_training_text(documents: list[str]) -> None:
     train_tokenizer(spec, (read.append(text) or text for text in documents), vocab_size=100)
     assert len(read) <= 4
     read.clear()
-    train_tokenizer(TrainSentencePiece(max_bytes=2000), (read.append(t) or t for t in documents), vocab_size=100)
+    train_tokenizer(
+        TrainSentencePiece(max_bytes=2000), (read.append(t) or t for t in documents), vocab_size=100
+    )
     assert sum(map(len, read)) < 5000
 
 
@@ -84,7 +96,9 @@ def test_a_file_must_fit_the_architecture(jsonl: Path, documents: list[str], tmp
     source = open_source(JsonlData(files=[str(jsonl)]))
     spec = SentencePieceFile(file=str(path))
     assert prepare_tokenizer(spec, source, vocab_size=150, separator="").vocab_size == 150
-    with pytest.raises(DataError, match=r"150 pieces but the architecture's vocab_size is 100; set vocab_size=150"):
+    with pytest.raises(
+        DataError, match=r"150 pieces but the architecture's vocab_size is 100; set vocab_size=150"
+    ):
         prepare_tokenizer(spec, source, vocab_size=100, separator="")
     path.write_bytes(b"no model")
     with pytest.raises(DataError, match=r"own\.model: this is not a SentencePiece model"):

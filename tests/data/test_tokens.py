@@ -58,7 +58,9 @@ def test_tokens_are_made_once_and_again_when_anything_changes(
     source = open_source(JsonlData(files=[str(jsonl)]))
     made: list[Path] = []
     original = write_tokens
-    monkeypatch.setattr(module, "write_tokens", lambda folder, *a, **k: made.append(folder) or original(folder, *a, **k))
+    monkeypatch.setattr(
+        module, "write_tokens", lambda folder, *a, **k: made.append(folder) or original(folder, *a, **k)
+    )
     for _ in range(2):
         prepare_tokens(source, "train", tokenizer, separator="|")
     assert len(made) == 1
@@ -105,7 +107,9 @@ def recipe(jsonl: Path, **changes) -> RecipeSpec:
 
 
 def test_prepare_data_keeps_the_tokenizer_of_a_resumed_run(jsonl: Path, tokenizer: Tokenizer) -> None:
-    data = prepare_data(recipe(jsonl, batch=BatchSpec(size=4)), vocab_size=100, context=16, tokenizer=tokenizer)
+    data = prepare_data(
+        recipe(jsonl, batch=BatchSpec(size=4)), vocab_size=100, context=16, tokenizer=tokenizer
+    )
     assert data.tokenizer is tokenizer
     assert data.validation.index.n_tokens > 16
 
