@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +147,8 @@ class RichReporter:
     @staticmethod
     def _line(progress: Progress, title: str, total: float | None, done: float) -> Iterator[Task]:
         amount = format_amount(done, total)
-        identity = progress.add_task(title, total=total, completed=done, amount=amount, detail="")
+        identity = progress.add_task(title, total=total, amount=amount, detail="")
+        progress.update(identity, completed=done)
         yield _RichTask(progress, identity, done, total)
         if len(progress.tasks) > 1:
             progress.remove_task(identity)
@@ -177,7 +178,7 @@ class _RichTask:
 
     def advance(self, n: float = 1, *, detail: str = "") -> None:
         self._done += n
-        fields = {"detail": detail} if detail else {}
+        fields: dict[str, Any] = {"detail": detail} if detail else {}
         amount = format_amount(self._done, self._total)
         self._progress.update(self._identity, completed=self._done, amount=amount, **fields)
 

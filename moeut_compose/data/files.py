@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, TextIO
 from moeut_compose.data.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 UNREADABLE = (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error)
 """What reading a file that is no text, or a damaged archive, raises."""
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def expand(patterns: Iterable[str]) -> list[Path]:
@@ -46,7 +46,7 @@ def open_text(path: Path) -> TextIO:
     opener = _OPENERS.get(path.suffix)
     try:
         if opener is not None:
-            return opener(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+            return opener(path, "rt", encoding="utf-8")
         return path.open(encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error

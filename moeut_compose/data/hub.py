@@ -42,11 +42,10 @@ class HubSource:
         spec = self._spec
         held_out = spec.validation_split is None
         split = spec.split if part == "train" or held_out else spec.validation_split
+        folders: list[str | None] = [*spec.data_dirs] or [None]
         datasets = import_datasets()
         try:
-            for text in take_turns(
-                [self._texts(datasets, split, folder) for folder in spec.data_dirs or [None]]
-            ):
+            for text in take_turns([self._texts(datasets, split, folder) for folder in folders]):
                 if not held_out or is_held_out(text, spec.validation_fraction) == (part == "validation"):
                     yield text
         except hub_failures() as error:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import moeut_kernels
 import torch
 
+from moeut_compose.blocks.layers import Layer
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -31,6 +33,6 @@ def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
 
 def compile_layers(model: LanguageModel) -> None:
     """Compile every layer with weights of its own, once, however often it runs."""
-    for stage in model.stages:
-        for layer in stage.layers:
-            layer.compile()
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.compile()
