@@ -1,5 +1,6 @@
 # make train   set up a virtual environment and train the quickstart model
 # make test    all tests
+# make schemas write schemas/*.json again, after a change to the specs
 # make check   format, lint, types, import contracts, fast tests
 #
 # Each installs what it needs once, and again when pyproject.toml or constraints.txt change.
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt hatch_build.py
 ARGS ?=
 
-.PHONY: help install train test check format clean
+.PHONY: help install train test check schemas format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -53,6 +54,10 @@ check: $(VENV)/installed-lint
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+schemas: $(VENV)/installed
+	$(BIN)/moeut-compose schema architecture > schemas/architecture.json
+	$(BIN)/moeut-compose schema recipe > schemas/recipe.json
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff format .

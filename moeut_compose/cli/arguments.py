@@ -11,14 +11,20 @@ from moeut_compose.cli.failures import wrong_usage
 from moeut_compose.spec.find import KINDS, Kind, NotFound, find, not_found
 from moeut_compose.spec.io import is_override, kind_of, split_overrides
 
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A name that `ls` shows, a YAML file, or a run folder.")]
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A name that `ls` shows, a YAML file, or a run folder.")
+]
 SpecsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="SPEC", help="Names, YAML files or run folders; also `key=value` changes to all of them."),
+    typer.Argument(
+        metavar="SPEC", help="Names, YAML files or run folders; also `key=value` changes to all of them."
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key=value", help="Changes, such as `stages.0.repeats=4` or `recipe.optimizer.lr=1e-3`."),
+    typer.Argument(
+        metavar="key=value", help="Changes, such as `stages.0.repeats=4` or `recipe.optimizer.lr=1e-3`."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from moeut_compose.cli.arguments import JsonOption, SpecsArgument, check_overrides, find_any, specs_and_overrides
+from moeut_compose.cli.arguments import (
+    JsonOption,
+    SpecsArgument,
+    check_overrides,
+    find_any,
+    specs_and_overrides,
+)
 from moeut_compose.cli.failures import FAILED, USAGE, complain, wrong_usage
 from moeut_compose.cli.output import as_json_text, print_json
 from moeut_compose.spec.find import Kind, NotFound, find, name_of, singular
@@ -29,22 +35,32 @@ class SchemaKind(StrEnum):
     recipe = "recipe"
 
 
-def schema(kind: Annotated[SchemaKind, typer.Argument(help="Of which files.")] = SchemaKind.architecture) -> None:
+def schema(
+    kind: Annotated[SchemaKind, typer.Argument(help="Of which files.")] = SchemaKind.architecture,
+) -> None:
     """Print the JSON Schema of architecture or recipe files, for editors.
 
-    **Example:** `moeut-compose schema architecture > schemas/architecture.json`
+    **Example**
+
+    - `moeut-compose schema architecture > schemas/architecture.json`
     """
     folder: Kind = "architectures" if kind is SchemaKind.architecture else "recipes"
     print_json(json_schema(model_of(folder), folder))
 
 
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new architecture, such as `wide_moeut`.")],
-    base: Annotated[str, typer.Option("--from", metavar="SPEC", help="The architecture that it changes.")] = DEFAULT_BASE,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the new architecture, such as `wide_moeut`.")
+    ],
+    base: Annotated[
+        str, typer.Option("--from", metavar="SPEC", help="The architecture that it changes.")
+    ] = DEFAULT_BASE,
 ) -> None:
     """Write `architectures/NAME.yaml` in the current folder: a variant of another architecture, ready to edit.
 
-    **Example:** `moeut-compose new ablations/no_rope --from moeut_44m`
+    **Example**
+
+    - `moeut-compose new ablations/no_rope --from moeut_44m`
     """
     stem = name.removeprefix("architectures/").removesuffix(".yaml")
     if not _NAME.fullmatch(stem) or ".." in stem:
@@ -93,7 +109,10 @@ description: A variant of {base_title}
 def validate(specs: SpecsArgument, as_json: JsonOption = False) -> None:
     """Check architectures and recipes, and print every problem of every file.
 
-    **Examples:** `moeut-compose validate architectures/*.yaml`, `moeut-compose validate moeut_tiny stages.0.repeats=0`
+    **Examples**
+
+    - `moeut-compose validate architectures/*.yaml`
+    - `moeut-compose validate moeut_tiny stages.0.repeats=0`
     """
     names, overrides = specs_and_overrides(specs)
     check_overrides(overrides)

@@ -31,10 +31,16 @@ class What(StrEnum):
     blocks = "blocks"
 
 
-def ls(what: Annotated[What | None, typer.Argument(help="Only these.")] = None, as_json: JsonOption = False) -> None:
+def ls(
+    what: Annotated[What | None, typer.Argument(help="Only these.")] = None, as_json: JsonOption = False
+) -> None:
     """List the architectures, recipes and blocks that can be composed.
 
-    **Examples:** `moeut-compose ls`, `moeut-compose ls blocks`, `moeut-compose ls architectures --json`
+    **Examples**
+
+    - `moeut-compose ls`
+    - `moeut-compose ls blocks`
+    - `moeut-compose ls architectures --json`
     """
     kinds = [kind for kind in KINDS if what in (None, kind)]
     specs = {kind: [_listed(*spec) for spec in list_specs(kind)] for kind in kinds}
@@ -42,8 +48,9 @@ def ls(what: Annotated[What | None, typer.Argument(help="Only these.")] = None, 
     if as_json:
         print_json({**specs, **({"blocks": blocks} if blocks else {})})
         return
-    for kind, rows in specs.items():
-        print_table([kind, "", ""], [[f"  {r['name']}", r["description"], _origin(r)] for r in rows], n_text_columns=3)
+    for kind, listed in specs.items():
+        rows = [[f"  {spec['name']}", spec["description"], _origin(spec)] for spec in listed]
+        print_table([kind, "", ""], rows, n_text_columns=3)
         print()
     if blocks:
         rows = [[f"  {block['family']}", block["kind"], block["description"]] for block in blocks]
@@ -53,15 +60,24 @@ def ls(what: Annotated[What | None, typer.Argument(help="Only these.")] = None, 
 def show(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="With `extends` resolved and all defaults.")] = False,
-    tree: Annotated[bool, typer.Option("--tree", help="Stages, members, shapes and parameters as a tree.")] = False,
-    diff: Annotated[str | None, typer.Option(metavar="OTHER", help="What OTHER changes, both resolved.")] = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="With `extends` resolved and all defaults.")
+    ] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Stages, members, shapes and parameters as a tree.")
+    ] = False,
+    diff: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="What OTHER changes, both resolved.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a spec: as written, resolved, as a tree, or against another one.
 
-    **Examples:** `moeut-compose show moeut_tiny --tree`, `moeut-compose show moeut_244m --diff ablations/moeut_244m_aabb`,
-    `moeut-compose show moeut_tiny stages.0.repeats=4 --resolved`
+    **Examples**
+
+    - `moeut-compose show moeut_tiny --tree`
+    - `moeut-compose show moeut_244m --diff ablations/moeut_244m_aabb`
+    - `moeut-compose show moeut_tiny stages.0.repeats=4 --resolved`
     """
     path, kind = find_any(spec)
     if not (resolved or tree or diff or as_json or overrides):
@@ -71,7 +87,9 @@ def show(
     if diff is not None:
         _show_diff(loaded, _load_other(diff, kind), as_json=as_json)
     elif as_json:
-        print_json({"kind": kind.removesuffix("s"), "path": shown(path), "spec": loaded.model_dump(mode="json")})
+        print_json(
+            {"kind": kind.removesuffix("s"), "path": shown(path), "spec": loaded.model_dump(mode="json")}
+        )
     elif tree:
         if not isinstance(loaded, ModelSpec):
             raise wrong_usage(f"{spec} is a recipe; only an architecture has a tree")
@@ -122,9 +140,9 @@ def _show_diff(one: Spec, other: Spec, *, as_json: bool) -> None:
         keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         print_json([{"path": key, "from": before.get(key), "to": after.get(key)} for key in keys])
         return
-    names = [getattr(spec, "name", "") for spec in (one, other)]
-    texts = [dump_yaml(spec).splitlines(keepends=True) for spec in (one, other)]
-    sys.stdout.writelines(difflib.unified_diff(*texts, *names))
+    before_lines, after_lines = (dump_yaml(spec).splitlines(keepends=True) for spec in (one, other))
+    before_name, after_name = (getattr(spec, "name", "") for spec in (one, other))
+    sys.stdout.writelines(difflib.unified_diff(before_lines, after_lines, before_name, after_name))
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
@@ -132,4 +150,6 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict | list) or not value:
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, item in items for key, leaf in _leaves(item, f"{path}.{name}".lstrip(".")).items()}
+    return {
+        key: leaf for name, item in items for key, leaf in _leaves(item, f"{path}.{name}".lstrip(".")).items()
+    }

@@ -25,7 +25,10 @@ class Convention(StrEnum):
 def params(specs: SpecsArgument, as_json: JsonOption = False) -> None:
     """Count parameters: all of them, those that one token uses, and these as often as they run.
 
-    **Examples:** `moeut-compose params dense_244m moeut_244m`, `moeut-compose params moeut_tiny d_model=256 --json`
+    **Examples**
+
+    - `moeut-compose params dense_244m moeut_244m`
+    - `moeut-compose params moeut_tiny d_model=256 --json`
     """
     names, overrides = specs_and_overrides(specs)
     changes = architecture_overrides(overrides)
@@ -34,15 +37,21 @@ def params(specs: SpecsArgument, as_json: JsonOption = False) -> None:
         print_json(counts)
         return
     header = list(counts[0])
-    rows = [[f"{value:,}" if isinstance(value, int) else value for value in count.values()] for count in counts]
+    rows = [
+        [f"{value:,}" if isinstance(value, int) else value for value in count.values()] for count in counts
+    ]
     print_table(header, rows)
 
 
 def macs(
     specs: SpecsArgument,
-    seq_len: Annotated[int | None, typer.Option(metavar="T", min=1, help="Default: the context length.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="T", min=1, help="Default: the context length.")
+    ] = None,
     per_module: Annotated[bool, typer.Option("--per-module", help="Traced, module by module.")] = False,
-    convention: Annotated[Convention, typer.Option(help="Matrix products, or the published formula.")] = Convention.exact,
+    convention: Annotated[
+        Convention, typer.Option(help="Matrix products, or the published formula.")
+    ] = Convention.exact,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line for each spec.")] = False,
 ) -> None:
@@ -51,12 +60,17 @@ def macs(
     `exact` counts matrix products, the head included, attention over all T positions without halving for the causal
     mask. `paper` is the formula published with arXiv:2405.16039, which leaves the head out.
 
-    **Examples:** `moeut-compose macs dense_244m moeut_244m`, `moeut-compose macs moeut_244m --seq-len 4096 --json`
+    **Examples**
+
+    - `moeut-compose macs dense_244m moeut_244m`
+    - `moeut-compose macs moeut_244m --seq-len 4096 --json`
     """
     if as_json and as_csv:
         raise wrong_usage("--json and --csv exclude each other")
     if per_module and (as_csv or convention is Convention.paper):
-        raise wrong_usage("--per-module counts matrix products and goes with neither --csv nor --convention paper")
+        raise wrong_usage(
+            "--per-module counts matrix products and goes with neither --csv nor --convention paper"
+        )
     names, overrides = specs_and_overrides(specs)
     changes = architecture_overrides(overrides)
     models = [load_spec(name, changes) for name in names]
@@ -64,7 +78,9 @@ def macs(
     modules = [_trace(model, seq_len) for model in models] if per_module else []
     if as_json:
         documents = [count.to_dict() for count in counts]
-        print_json([d | {"by_module": m} for d, m in zip(documents, modules, strict=True)] if modules else documents)
+        print_json(
+            [d | {"by_module": m} for d, m in zip(documents, modules, strict=True)] if modules else documents
+        )
     elif as_csv:
         _print_macs_csv(counts)
     else:
@@ -106,16 +122,22 @@ def _print_macs_csv(counts: Sequence[MacCount]) -> None:
 
 def _print_macs_table(counts: Sequence[MacCount]) -> None:
     first = counts[0]
-    header = [f"MACs per token ({first.convention})", *(f"{count.name}, T={count.seq_len}" for count in counts)]
+    header = [
+        f"MACs per token ({first.convention})",
+        *(f"{count.name}, T={count.seq_len}" for count in counts),
+    ]
     rows = [
-        [part, *(f"{count.by_component.get(part, 0):,}" for count in counts)]
-        for part in _components(counts)
+        [part, *(f"{count.by_component.get(part, 0):,}" for count in counts)] for part in _components(counts)
     ]
     rows.append(["layers", *(f"{count.layers_per_token:,}" for count in counts)])
     rows.append(["total", *(f"{count.total_per_token:,}" for count in counts)])
     if len(counts) > 1:
-        rows.append(["layers, to the first", *(_ratio(c.layers_per_token, first.layers_per_token) for c in counts)])
-        rows.append(["total, to the first", *(_ratio(c.total_per_token, first.total_per_token) for c in counts)])
+        rows.append(
+            ["layers, to the first", *(_ratio(c.layers_per_token, first.layers_per_token) for c in counts)]
+        )
+        rows.append(
+            ["total, to the first", *(_ratio(c.total_per_token, first.total_per_token) for c in counts)]
+        )
     print_table(header, rows)
 
 

@@ -15,7 +15,7 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_text_columns: int = 1) -> None:
-    """Columns side by side; the first `n_text_columns` are text and lean left, the others are numbers and lean right."""
+    """Columns side by side: the first `n_text_columns` are text and lean left, the others are numbers."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     for line in (header, *rows):
         cells = [

@@ -46,11 +46,14 @@ def draw_curve(points: list[tuple[int, float]]) -> list[str]:
     `points` are steps in order, each with its value; between two of them the earlier one holds.
     """
     last_step = points[-1][0]
-    values = [_value_at(points, last_step * column / (_CURVE_COLUMNS - 1)) for column in range(_CURVE_COLUMNS)]
+    values = [
+        _value_at(points, last_step * column / (_CURVE_COLUMNS - 1)) for column in range(_CURVE_COLUMNS)
+    ]
     peak_step, highest = max(points, key=lambda point: point[1])
     levels = [round(value / highest * 8 * _CURVE_ROWS) if highest else 0 for value in values]
     lines = [
-        "".join(_BARS[min(max(level - 8 * row, 0), 8)] for level in levels) for row in reversed(range(_CURVE_ROWS))
+        "".join(_BARS[min(max(level - 8 * row, 0), 8)] for level in levels)
+        for row in reversed(range(_CURVE_ROWS))
     ]
     lines[0] += f"  peak {highest:.4g} at step {peak_step:,}"
     lines[-1] += f"  last {points[-1][1]:.4g}"

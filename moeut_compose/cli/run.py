@@ -28,18 +28,28 @@ DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cu
 
 
 def train(
-    spec: Annotated[str | None, typer.Argument(metavar="SPEC", help="The architecture; or a run folder, to go on.")] = None,
+    spec: Annotated[
+        str | None, typer.Argument(metavar="SPEC", help="The architecture; or a run folder, to go on.")
+    ] = None,
     overrides: OverridesArgument = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="How to train; default: `default`.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; default: `runs/<time>-<name>`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder; default: `runs/<time>-<name>`.")
+    ] = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|none|PATH", help="Go on with the run in --out, with none, or with the run at PATH.")
+        str,
+        typer.Option(
+            metavar="auto|none|PATH", help="Go on with the run in --out, with none, or with the run at PATH."
+        ),
     ] = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print parameters, tokens, steps, memory and learning rate.")
+        bool,
+        typer.Option("--dry-run", help="Only print parameters, tokens, steps, memory and learning rate."),
     ] = False,
     device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The plan or the result as one JSON document.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The plan or the result as one JSON document.")
+    ] = False,
 ) -> None:
     """Train an architecture after a recipe, or go on with a run.
 
@@ -54,13 +64,16 @@ def train(
     """
     changes = check_overrides(overrides)
     if spec is not None and is_override(spec):
-        spec, changes = None, [spec, *changes]
+        changes.insert(0, spec)
+        spec = None
     architecture_changes, recipe_changes = split_overrides(changes)
     way: Resume = resume if resume in ("auto", "none") else Path(resume)  # type: ignore[assignment]
     if isinstance(way, Path) and not way.exists():
         raise wrong_usage(f"--resume {resume}: no such folder; write auto, none or a run folder")
     if spec is None and not isinstance(way, Path):
-        raise wrong_usage("which architecture? name a SPEC (`moeut-compose ls architectures` lists some), or --resume PATH")
+        raise wrong_usage(
+            "which architecture? name a SPEC (`moeut-compose ls architectures` lists some), or --resume PATH"
+        )
     if out is None and way == "auto" and spec is not None and (Path(spec) / "recipe.yaml").is_file():
         out = Path(spec)
     architecture = load_spec(spec if spec is not None else str(way), architecture_changes)
@@ -82,12 +95,20 @@ def _earlier_recipe(out: Path | None, resume: "Resume") -> str:
 
 
 def _train(
-    spec: "ModelSpec", recipe: "RecipeSpec", out: Path | None, resume: "Resume", device: "str | torch.device", *, as_json: bool
+    spec: "ModelSpec",
+    recipe: "RecipeSpec",
+    out: Path | None,
+    resume: "Resume",
+    device: "str | torch.device",
+    *,
+    as_json: bool,
 ) -> None:
     from moeut_compose.progress import format_duration, make_reporter
     from moeut_compose.train.run import train as train_run
 
-    result = train_run(spec, recipe, out=out, resume=resume, argv=sys.argv, reporter=make_reporter(), device=device)
+    result = train_run(
+        spec, recipe, out=out, resume=resume, argv=sys.argv, reporter=make_reporter(), device=device
+    )
     validation = result.validation
     if as_json:
         print_json(
@@ -105,7 +126,9 @@ def _train(
         )
         return
     print(f"{spec.name}: {result.step:,} steps, {result.tokens:,} tokens, {format_duration(result.seconds)}")
-    print(f"validation perplexity  {validation.perplexity:.2f}  ({validation.bits_per_byte:.3f} bits per byte)")
+    print(
+        f"validation perplexity  {validation.perplexity:.2f}  ({validation.bits_per_byte:.3f} bits per byte)"
+    )
     print("sample")
     for line in result.sample.splitlines() or [""]:
         print(f"  {line}")
@@ -113,7 +136,9 @@ def _train(
     print(f"run folder  {result.folder}")
 
 
-def _print_plan(spec: "ModelSpec", recipe: "RecipeSpec", device: "str | torch.device", *, as_json: bool) -> None:
+def _print_plan(
+    spec: "ModelSpec", recipe: "RecipeSpec", device: "str | torch.device", *, as_json: bool
+) -> None:
     from moeut_compose.train.plan import plan_training
 
     plan = plan_training(spec, recipe, device=device)
@@ -128,14 +153,20 @@ def _print_plan(spec: "ModelSpec", recipe: "RecipeSpec", device: "str | torch.de
 def evaluate(
     run: RunArgument,
     tasks: Annotated[str, typer.Option(metavar="TASK,...", help=f"Of: {', '.join(TASKS)}.")] = "perplexity",
-    windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows of held-out text; default: the recipe's.")] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Windows at once; changes no result.")] = 8,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Windows of held-out text; default: the recipe's.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Windows at once; changes no result.")
+    ] = 8,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure the perplexity of a trained run on its held-out text.
 
-    **Example:** `moeut-compose evaluate runs/20260101-120000-moeut_tiny --json`
+    **Example**
+
+    - `moeut-compose evaluate runs/20260101-120000-moeut_tiny --json`
     """
     unknown = [task for task in tasks.split(",") if task not in TASKS]
     if unknown:
@@ -159,16 +190,24 @@ def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=0)] = 100,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Choose among the K likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P", help="Choose among tokens of this joint probability.")] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="Choose among the K likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Choose among tokens of this joint probability.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Let a trained run continue a text.
 
-    **Example:** `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
+    **Example**
+
+    - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
     """
     path = _run_folder(run)
     from moeut_compose.generate import generate as write
@@ -189,7 +228,15 @@ def generate(
     except ValueError as error:
         raise wrong_usage(str(error)) from None
     if as_json:
-        print_json({"name": loaded.spec.name, "run": str(loaded.path), "step": loaded.step, "prompt": prompt, "text": text})
+        print_json(
+            {
+                "name": loaded.spec.name,
+                "run": str(loaded.path),
+                "step": loaded.step,
+                "prompt": prompt,
+                "text": text,
+            }
+        )
     else:
         print()
 

@@ -22,9 +22,17 @@ def print_tree(spec: ModelSpec) -> None:
 
 def draw(spec: ModelSpec) -> Tree:
     """The tree of `spec`."""
-    root = Tree(_line(spec.name, f"{spec.depth} layers deep, context {spec.context_length}", spec.num_params()))
+    root = Tree(
+        _line(spec.name, f"{spec.depth} layers deep, context {spec.context_length}", spec.num_params())
+    )
     vocabulary = f"{spec.vocab_size} × {spec.d_model}"
-    root.add(_line("embedding", f"{vocabulary}{_settings(spec.embedding, {'scale': 1, 'norm': 'none'})}", spec.embedding_params()))
+    root.add(
+        _line(
+            "embedding",
+            f"{vocabulary}{_settings(spec.embedding, {'scale': 1, 'norm': 'none'})}",
+            spec.embedding_params(),
+        )
+    )
     members = list(spec.members())
     for index, stage in enumerate(spec.stages):
         _add_stage(root, spec, stage, index, [member for member in members if member.stage == index])
@@ -40,7 +48,9 @@ def _add_stage(root: Tree, spec: ModelSpec, stage: StageSpec, index: int, member
     passes = "pass" if stage.repeats == 1 else "passes"
     group = f"{stage.n_members} member{'s' if stage.n_members > 1 else ''} × {stage.repeats} {passes}"
     order = f", {_unrolled(stage)}" if stage.repeats > 1 or stage.n_members > 1 else ""
-    total = sum(member.num_params(spec.d_model) for member in members) + stage.halting.num_params(spec.d_model)
+    total = sum(member.num_params(spec.d_model) for member in members) + stage.halting.num_params(
+        spec.d_model
+    )
     branch = root.add(_line(f"stage {index}", f"{group}{order}", total))
     first = 0
     for layer in stage.layers:
@@ -54,7 +64,9 @@ def _add_layer(branch: Tree, spec: ModelSpec, member: Member, first: int, count:
     """One node for all members of the same shape; numbers are those of one member."""
     names = letters(first) if count == 1 else f"{letters(first)} … {letters(first + count - 1)}"
     each = f", {count} times these weights" if count > 1 else ""
-    node = branch.add(_line(names, f"runs {member.applications}×{each}", count * member.num_params(spec.d_model)))
+    node = branch.add(
+        _line(names, f"runs {member.applications}×{each}", count * member.num_params(spec.d_model))
+    )
     mixer, feedforward = member.layer.mixer, member.layer.feedforward
     norms = f"{member.norm.kind}, {member.norm.placement}, 2 × {spec.d_model}"
     node.add(_line("norms", norms, 2 * member.norm.num_params(spec.d_model)))

@@ -49,9 +49,13 @@ def _block(data: dict[str, Any]) -> list[str]:
 
 def _entry(key: str, value: Any) -> list[str]:
     line = f"{key}: {_inline(value)}"
-    nests = isinstance(value, dict | list) and any(isinstance(item, dict | list) and item for item in _items(value))
+    nests = isinstance(value, dict | list) and any(
+        isinstance(item, dict | list) and item for item in _items(value)
+    )
     is_list_of_maps = isinstance(value, list) and any(isinstance(item, dict) for item in value)
-    if not value or not (len(line) > MAX_WIDTH or (nests and _depth(value) > 2) or is_list_of_maps and len(value) > 1):
+    if not value or not (
+        len(line) > MAX_WIDTH or (nests and _depth(value) > 2) or (is_list_of_maps and len(value) > 1)
+    ):
         return [line]
     if isinstance(value, dict):
         return [f"{key}:", *(f"  {line}" for line in _block(value))]
@@ -61,7 +65,7 @@ def _entry(key: str, value: Any) -> list[str]:
 
 
 def _item(item: Any) -> list[str]:
-    if not isinstance(item, dict) or _depth(item) < 2 and len(_inline(item)) <= MAX_WIDTH:
+    if not isinstance(item, dict) or (_depth(item) < 2 and len(_inline(item)) <= MAX_WIDTH):
         return [f"- {_inline(item)}"]
     first, *others = _block(item)
     return [f"- {first}", *(f"  {line}" for line in others)]
@@ -79,5 +83,7 @@ def _depth(value: Any) -> int:
 
 
 def _inline(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -91,7 +91,12 @@ _MAY_STAND_ELSEWHERE = ("missing", "union_tag_not_found", "value_error")
 
 
 def explain(
-    error: ValidationError, root: MapNode, shape: Shape, misplaced: Mapping[str, str], *, is_partial: bool = False
+    error: ValidationError,
+    root: MapNode,
+    shape: Shape,
+    misplaced: Mapping[str, str],
+    *,
+    is_partial: bool = False,
 ) -> list[Problem]:
     """The problems behind a Pydantic error, in the order of the file.
 
@@ -105,7 +110,9 @@ def explain(
         located = _Located(item, root, shape)
         whole = located.type if located.type not in _EXPECTED else "expected"
         groups.setdefault((located.path, located.key, whole), []).append(located)
-    meant = {(*path, _near(group[0])) for (path, _, kind), group in groups.items() if kind == "extra_forbidden"}
+    meant = {
+        (*path, _near(group[0])) for (path, _, kind), group in groups.items() if kind == "extra_forbidden"
+    }
     problems = [
         problem
         for (path, key, kind), group in groups.items()
@@ -139,7 +146,9 @@ def _problems(group: list[_Located], misplaced: Mapping[str, str]) -> Iterator[P
 
 
 def _expected(error: _Located) -> str:
-    bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in error.context.items()}
+    bounds = {
+        name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in error.context.items()
+    }
     return _EXPECTED[error.type].format(**bounds)
 
 

@@ -77,7 +77,9 @@ def list_specs(kind: Kind) -> list[Listed]:
     for root, builtin in roots:
         for path in _specs_in(root):
             name = path.relative_to(root).with_suffix("").as_posix()
-            found.setdefault(name, Listed(name, path, builtin or path.resolve().is_relative_to(builtin_root(kind))))
+            found.setdefault(
+                name, Listed(name, path, builtin or path.resolve().is_relative_to(builtin_root(kind)))
+            )
     return [found[name] for name in sorted(found)]
 
 

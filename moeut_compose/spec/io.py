@@ -39,7 +39,16 @@ from moeut_compose.spec.yaml import parse_document, parse_value, read_document
 if TYPE_CHECKING:
     from moeut_compose.spec.recipe import RecipeSpec
 
-__all__ = ["NotFound", "Problem", "SpecError", "dump_yaml", "load_recipe", "load_spec", "parse_spec", "split_overrides"]
+__all__ = [
+    "NotFound",
+    "Problem",
+    "SpecError",
+    "dump_yaml",
+    "load_recipe",
+    "load_spec",
+    "parse_spec",
+    "split_overrides",
+]
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -75,7 +84,9 @@ def model_of(kind: Kind) -> "type[ModelSpec] | type[RecipeSpec]":
     return RecipeSpec
 
 
-def load_as(model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnySpec:
+def load_as(
+    model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()
+) -> AnySpec:
     """What `load_spec` and `load_recipe` do, for any spec that lives among the specs of `kind`."""
     reader = _Reader(kind, Shape.of(model))
     tree = reader.file(find(str(name_or_path), kind))
@@ -116,7 +127,9 @@ def kind_of(path: Path) -> Kind:
     return "recipes" if n_recipe > n_architecture else "architectures"
 
 
-def _validated(model: type[AnySpec], reader: "_Reader", tree: MapNode | None, overrides: Sequence[str]) -> AnySpec:
+def _validated(
+    model: type[AnySpec], reader: "_Reader", tree: MapNode | None, overrides: Sequence[str]
+) -> AnySpec:
     problems = reader.problems
     if tree is not None:
         whole: Node = tree
@@ -210,15 +223,18 @@ class _Reader:
 
 def shown(path: Path) -> str:
     """How messages name a file: relative to the current folder if it lies below it."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute) if not path.is_absolute() or Path(absolute).is_relative_to(Path.cwd()) else ""
-    return relative or absolute
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    if path.is_absolute() and (here == Path(here.anchor) or not absolute.is_relative_to(here)):
+        return str(absolute)
+    return os.path.relpath(absolute, here)
 
 
 def _beside(child: Path, name: str) -> Path | None:
     """The file that a name means relative to the file that extends it."""
     path = child.parent / Path(name).expanduser()
-    candidates = [path] if path.suffix in SUFFIXES else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    candidates = (
+        [path] if path.suffix in SUFFIXES else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+    )
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -241,10 +257,16 @@ def _override_patches(overrides: Sequence[str], kind: Kind, problems: list[Probl
 
 def _version_problems(root: MapNode) -> list[Problem]:
     entry = root.entries.get("version")
-    if entry is None or (isinstance(entry.node, Scalar) and type(entry.node.value) is int and entry.node.value == 1):
+    if entry is None or (
+        isinstance(entry.node, Scalar) and type(entry.node.value) is int and entry.node.value == 1
+    ):
         return []
     written = entry.node.text if isinstance(entry.node, Scalar) else "this"
-    return [Problem.at(entry.node.place, "version", f"{written} is not a version that this release reads; it reads 1")]
+    return [
+        Problem.at(
+            entry.node.place, "version", f"{written} is not a version that this release reads; it reads 1"
+        )
+    ]
 
 
 @cache
@@ -252,7 +274,9 @@ def _misplaced(kind: Kind) -> dict[str, str]:
     """Keys that only the other kind of spec has, and where they belong."""
     other: Kind = "recipes" if kind == "architectures" else "architectures"
     own = _key_paths(Shape.of(model_of(kind)))
-    example = f"{other}/*.yaml" if other == "architectures" else f"{other}/*.yaml, or recipe.{{}}=… when training"
+    example = (
+        f"{other}/*.yaml" if other == "architectures" else f"{other}/*.yaml, or recipe.{{}}=… when training"
+    )
     return {
         key: f"belongs in {with_article(other)} ({example.format(path)}), as {path}"
         for key, path in _key_paths(Shape.of(model_of(other))).items()

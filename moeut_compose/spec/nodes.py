@@ -133,12 +133,16 @@ def lay_over(base: Node | None, patch: Node, shape: Shape, path: Path, problems:
                 if isinstance(base, ListNode):
                     return _lay_over_list(base, patch, shape, path, problems)
                 if isinstance(base, Scalar):
-                    problems.append(Problem.at(patch.place, dotted(path), f"is {base.text} here, and has no keys"))
+                    problems.append(
+                        Problem.at(patch.place, dotted(path), f"is {base.text} here, and has no keys")
+                    )
                     return base
             return _lay_over_map(base if isinstance(base, MapNode) else None, patch, shape, path, problems)
 
 
-def _lay_over_map(base: MapNode | None, patch: MapNode, shape: Shape, path: Path, problems: list[Problem]) -> MapNode:
+def _lay_over_map(
+    base: MapNode | None, patch: MapNode, shape: Shape, path: Path, problems: list[Problem]
+) -> MapNode:
     if base is not None and None not in (base.kind, patch.kind) and base.kind != patch.kind:
         base = None
     entries = dict(base.entries) if base is not None else {}
@@ -155,7 +159,9 @@ def _lay_over_map(base: MapNode | None, patch: MapNode, shape: Shape, path: Path
     return whole
 
 
-def _lay_over_list(base: ListNode, patch: Reach, shape: Shape, path: Path, problems: list[Problem]) -> ListNode:
+def _lay_over_list(
+    base: ListNode, patch: Reach, shape: Shape, path: Path, problems: list[Problem]
+) -> ListNode:
     items: list[Node | None] = list(base.items)
     for key, entry in patch.entries.items():
         if not key.isdecimal() or int(key) >= len(items):

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from moeut_compose.spec.base import Spec
-from moeut_compose.spec.find import Kind, singular
+from moeut_compose.spec.find import Kind
 from moeut_compose.spec.shapes import Shape
 
 DOTTED_KEY = r"^[A-Za-z_]\w*(\.\w+)+$"
@@ -38,7 +38,7 @@ def json_schema(model: type[Spec], kind: Kind) -> dict[str, Any]:
     required = schema.pop("required", [])
     schema["properties"] = {
         "extends": {
-            "description": f"The {singular(kind)} or {kind} that this one changes: names, or paths relative to this file.",
+            "description": f"The {kind} that this one changes: names, or paths relative to this file.",
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         },
         **{key: _or_partial(value, definitions) for key, value in schema["properties"].items()},
@@ -107,7 +107,9 @@ def _or_partial(property_schema: dict[str, Any], definitions: dict[str, Any]) ->
     for name in names:
         for key, value in definitions[name].get("properties", {}).items():
             keys.setdefault(key, []).append(value)
-    about = {key: value for key, value in property_schema.items() if key in ("default", "description", "title")}
+    about = {
+        key: value for key, value in property_schema.items() if key in ("default", "description", "title")
+    }
     value = {key: value for key, value in property_schema.items() if key not in about}
     choices = [value, {"type": "null"}]
     if keys:
@@ -119,7 +121,9 @@ def _partial(keys: dict[str, list[Any]]) -> dict[str, Any]:
     return {
         "type": "object",
         "not": {"required": ["kind"]},
-        "properties": {key: values[0] if len(values) == 1 else {"anyOf": values} for key, values in keys.items()},
+        "properties": {
+            key: values[0] if len(values) == 1 else {"anyOf": values} for key, values in keys.items()
+        },
         "patternProperties": {DOTTED_KEY: {}},
         "additionalProperties": False,
     }

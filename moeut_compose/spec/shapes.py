@@ -113,4 +113,6 @@ def union_members(shape: Shape, family: str = "") -> list[tuple[str, str, type[B
             for name, kind, member in union_members(Shape.of(field.annotation), key):
                 found.setdefault((name, kind), member)
     order = list(dict.fromkeys(name for name, _ in found))
-    return [(name, kind, found[name, kind]) for name, kind in sorted(found, key=lambda pair: order.index(pair[0]))]
+    return [
+        (name, kind, found[name, kind]) for name, kind in sorted(found, key=lambda pair: order.index(pair[0]))
+    ]

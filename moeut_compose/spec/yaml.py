@@ -73,13 +73,15 @@ def parse_document(data: bytes, file: str) -> Document:
     if text.startswith("#!"):
         return _refused(Place(file, 1, 1), "a script, not a YAML spec")
     try:
-        nodes = list(yaml.compose_all(text, _Loader))
+        nodes = _compose(text)
     except yaml.MarkedYAMLError as error:
         return _refused(_mark(error, file), _broken(error))
     except ReaderError as error:
         before_text = text[: error.position]
         line, column = before_text.count("\n") + 1, error.position - before_text.rfind("\n")
-        return _refused(Place(file, line, column), f"character #x{ord(text[error.position]):04x} is not allowed in YAML")
+        return _refused(
+            Place(file, line, column), f"character #x{ord(text[error.position]):04x} is not allowed in YAML"
+        )
     except RecursionError:
         return _refused(Place(file), "nested too deeply for a spec")
     if not nodes or (len(nodes) == 1 and _is_empty(nodes[0])):
@@ -97,14 +99,16 @@ def parse_document(data: bytes, file: str) -> Document:
 def parse_value(text: str, place: Place) -> tuple[Node, list[Problem]]:
     """A value as it is written after the `=` of an override."""
     try:
-        node = yaml.compose(text, _Loader)
+        nodes = _compose(text)
     except (yaml.MarkedYAMLError, ReaderError, RecursionError) as error:
         reason = _broken(error) if isinstance(error, yaml.MarkedYAMLError) else "not a YAML value"
         return Scalar(None, text, place), [Problem.at(place, "", reason)]
-    if node is None:
+    if not nodes:
         return Scalar(None, text, place), []
+    if len(nodes) > 1:
+        return Scalar(None, text, place), [Problem.at(place, "", "holds two YAML documents")]
     reader = _TreeReader(place.file, place)
-    return reader.node(node), reader.problems
+    return reader.node(nodes[0]), reader.problems
 
 
 def resolve(text: str) -> str | int | float | bool | None:
@@ -121,7 +125,7 @@ def resolve(text: str) -> str | int | float | bool | None:
 class _Resolver(BaseResolver):
     """Gives every plain scalar the same tag; `resolve` reads it."""
 
-    def resolve(self, kind: type, value: str, implicit: tuple[bool, bool]) -> str:  # type: ignore[override]
+    def resolve(self, kind: type, value: str, implicit: tuple[bool, bool]) -> str:
         if kind is yaml.ScalarNode:
             return f"{_TAG}plain" if implicit[0] else f"{_TAG}str"
         return f"{_TAG}seq" if kind is yaml.SequenceNode else f"{_TAG}map"
@@ -134,6 +138,17 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
         Parser.__init__(self)
         Composer.__init__(self)
         _Resolver.__init__(self)
+
+
+def _compose(text: str) -> list[yaml.Node]:
+    """The documents of a text. Raises PyYAML's errors, and `RecursionError` for text that nests without end."""
+    loader = _Loader(text)
+    nodes: list[yaml.Node] = []
+    while loader.check_node():
+        node = loader.get_node()
+        if node is not None:
+            nodes.append(node)
+    return nodes
 
 
 class _TreeReader:
@@ -174,8 +189,9 @@ class _TreeReader:
                 return self._map(node, place)
             case yaml.SequenceNode():
                 return ListNode(tuple(self._at(i, item) for i, item in enumerate(node.value)), place)
-            case _:
+            case yaml.ScalarNode():
                 return self._scalar(node, place)
+        raise AssertionError(f"{type(node).__name__} is no YAML node")
 
     def _scalar(self, node: yaml.ScalarNode, place: Place) -> Scalar:
         tag = node.tag.removeprefix(_TAG)
@@ -200,7 +216,9 @@ class _TreeReader:
                 self._inherit(inherited, value, key_place)
             elif key in entries:
                 first = entries[key].key_place.line
-                self._complain(key_place, f"duplicate key{f'; it is on line {first} already' if first else ''}", key)
+                self._complain(
+                    key_place, f"duplicate key{f'; it is on line {first} already' if first else ''}", key
+                )
             else:
                 entries[key] = Entry(key_place, value)
         return MapNode({**inherited, **entries}, place)

@@ -42,7 +42,11 @@ def test_new_writes_a_variant_that_is_valid_and_names_its_schema(cli) -> None:
 def test_what_new_suggests_works(cli) -> None:
     cli("new", "mine")
     path = Path("architectures/mine.yaml")
-    suggestions = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ") and ": " in line]
+    suggestions = [
+        line.removeprefix("# ")
+        for line in path.read_text().splitlines()
+        if line.startswith("# ") and ": " in line
+    ]
     path.write_text(path.read_text() + "".join(f"{line}\n" for line in suggestions if "$schema" not in line))
     assert cli("validate", "mine").exit_code == 0
 
@@ -89,7 +93,9 @@ def test_show_diff_names_what_differs(cli) -> None:
 
 def test_the_tree_adds_up(cli) -> None:
     lines = cli("show", "sut_tiny", "--tree").stdout.splitlines()
-    numbers = {line.strip("│├└─ ").split("  ")[0]: int(line.rsplit("  ", 1)[1].replace(",", "")) for line in lines}
+    numbers = {
+        line.strip("│├└─ ").split("  ")[0]: int(line.rsplit("  ", 1)[1].replace(",", "")) for line in lines
+    }
     assert numbers["sut_tiny"] == numbers["embedding"] + numbers["stage 0"] + numbers["head"]
     assert numbers["stage 0"] == numbers["A"] + numbers["halting"]
     assert numbers["A"] == numbers["norms"] + numbers["mixer"] + numbers["feedforward"]
@@ -157,7 +163,9 @@ def test_every_description_below_a_field_reaches_the_schema() -> None:
     for kind in KINDS:
         schema = json_schema(model_of(kind), kind)
         for model in models_below(Shape.of(model_of(kind))):
-            properties = (schema if model is model_of(kind) else schema["$defs"][model.__name__])["properties"]
+            properties = (schema if model is model_of(kind) else schema["$defs"][model.__name__])[
+                "properties"
+            ]
             for field, text in field_docs(model).items():
                 assert properties[field]["description"] == text
     assert field_docs(model_of("architectures"))["final_norm"].startswith("A norm before the head")

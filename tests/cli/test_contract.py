@@ -75,7 +75,12 @@ def test_ls_json(cli_json) -> None:
     assert list(everything["architectures"][0]) == ["name", "description", "path", "builtin"]
     assert list(everything["blocks"][0]) == ["family", "kind", "description"]
     kinds = {(block["family"], block["kind"]) for block in cli_json("ls", "blocks")["blocks"]}
-    assert {("mixer", "switch_head"), ("feedforward", "sigma_moe"), ("norm", "layer_norm"), ("data", "builtin")} <= kinds
+    assert {
+        ("mixer", "switch_head"),
+        ("feedforward", "sigma_moe"),
+        ("norm", "layer_norm"),
+        ("data", "builtin"),
+    } <= kinds
     assert all(block["description"] for block in everything["blocks"])
     assert all(spec["description"] for spec in everything["architectures"])
     assert list(cli_json("ls", "recipes")) == ["recipes"]

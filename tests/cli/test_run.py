@@ -34,7 +34,17 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / "short.yaml").write_text(RECIPE)
     run = folder / "run"
-    arguments = ["train", "moeut_tiny", *SMALL, "--recipe", str(folder / "short.yaml"), "--out", str(run), "--device", "cpu"]
+    arguments = [
+        "train",
+        "moeut_tiny",
+        *SMALL,
+        "--recipe",
+        str(folder / "short.yaml"),
+        "--out",
+        str(run),
+        "--device",
+        "cpu",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (folder / "stdout").write_text(result.stdout)
@@ -70,7 +80,11 @@ def test_evaluate_json(trained: Path, cli_json) -> None:
 def test_evaluate_for_people(trained: Path, cli) -> None:
     result = cli("evaluate", str(trained), "--windows", "1", "--device", "cpu")
     assert result.exit_code == 0
-    assert [line.split("  ")[0] for line in result.stdout.splitlines()[1:]] == ["perplexity", "cross entropy", "bits per byte"]
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[1:]] == [
+        "perplexity",
+        "cross entropy",
+        "bits per byte",
+    ]
 
 
 def test_generate_repeats_itself_for_a_seed(trained: Path, cli, cli_json) -> None:
@@ -91,7 +105,9 @@ def test_a_run_is_found_below_the_folder_of_runs(trained: Path, cli, monkeypatch
 
 
 def test_a_finished_run_goes_on_with_more_steps(trained: Path, cli_json, cli, tmp_path: Path) -> None:
-    result = cli_json("train", "--resume", str(trained), "recipe.steps=3", "--out", "longer", "--device", "cpu")
+    result = cli_json(
+        "train", "--resume", str(trained), "recipe.steps=3", "--out", "longer", "--device", "cpu"
+    )
     assert (result["run"], result["step"], result["tokens"]) == ("longer", 3, 192)
     again = cli("train", "longer", "--device", "cpu")
     assert again.exit_code == 0
@@ -106,7 +122,11 @@ def test_a_finished_run_goes_on_with_more_steps(trained: Path, cli_json, cli, tm
         (["--recipe", "short.yaml", "recipe.context=9999"], 1, "recipe.context=9999 exceeds"),
         (["--recipe", "short.yaml", "--out", "file"], 1, "file is not empty"),
         (["--recipe", "short.yaml", "recipe.data={kind: text, files: [nowhere.txt]}"], 1, "nowhere.txt"),
-        (["--recipe", "short.yaml", "recipe.tokenizer={kind: sentencepiece, file: nowhere.model}"], 1, "nowhere.model"),
+        (
+            ["--recipe", "short.yaml", "recipe.tokenizer={kind: sentencepiece, file: nowhere.model}"],
+            1,
+            "nowhere.model",
+        ),
         (["--recipe", "short.yaml", "recipe.steps=null"], 1, "give steps or tokens"),
     ],
 )
@@ -115,7 +135,9 @@ def test_training_that_cannot_start_says_why_in_one_line(
 ) -> None:
     Path("short.yaml").write_text(RECIPE)
     Path("file").touch()
-    result = cli("train", "moeut_tiny", *SMALL, "--device", "cpu", *(a.replace("RUN", str(trained)) for a in arguments))
+    result = cli(
+        "train", "moeut_tiny", *SMALL, "--device", "cpu", *(a.replace("RUN", str(trained)) for a in arguments)
+    )
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -144,7 +166,13 @@ def test_a_dry_run_builds_no_data(cli, cli_json, monkeypatch: pytest.MonkeyPatch
     arguments = ["train", "moeut_tiny", "--recipe", "short.yaml", "--dry-run", "--device", "cpu"]
     shown = cli(*arguments)
     assert shown.exit_code == 0
-    for word in ("parameters      2,460,928 ", "steps           2", "tokens          128", "memory ", "learning rate"):
+    for word in (
+        "parameters      2,460,928 ",
+        "steps           2",
+        "tokens          128",
+        "memory ",
+        "learning rate",
+    ):
         assert word in shown.stdout
     plan = cli_json(*arguments)
     assert (plan["params"], plan["steps"], plan["tokens"], plan["micro_batch"]) == (2_460_928, 2, 128, 1)
@@ -171,7 +199,9 @@ def test_a_signal_saves_and_says_how_to_go_on(
     line = [sys.executable, "-m", "moeut_compose", "train", "moeut_tiny", *SMALL, "--recipe", str(recipe)]
     line += ["recipe.steps=1000000", "--out", "stopped", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stderr is not None
     wait_for(process.stderr.readline, "run folder: stopped")
     metrics = tmp_path / "stopped" / "metrics.jsonl"

@@ -29,7 +29,9 @@ def test_built_in_specs_are_found_from_anywhere() -> None:
     assert find("ablations/moeut_244m_aabb", "architectures") == aabb
 
 
-@pytest.mark.parametrize("name", ["moeut_244m", "architectures/moeut_244m", "architectures/moeut_244m.yaml", "moeut_244m.yaml"])
+@pytest.mark.parametrize(
+    "name", ["moeut_244m", "architectures/moeut_244m", "architectures/moeut_244m.yaml", "moeut_244m.yaml"]
+)
 def test_a_built_in_answers_to_its_name_and_to_its_path(name: str) -> None:
     assert find(name, "architectures") == builtin_root("architectures") / "moeut_244m.yaml"
 
@@ -40,7 +42,9 @@ def test_a_path_comes_before_a_name(elsewhere: Path) -> None:
     assert find(str(elsewhere / "moeut_244m.yaml"), "architectures") == elsewhere / mine
 
 
-def test_named_folders_come_before_the_current_one_and_that_before_the_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_folders_come_before_the_current_one_and_that_before_the_built_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here = write("architectures/moeut_244m.yaml")
     assert find("moeut_244m", "architectures") == here
     second = write("second/architectures/moeut_244m.yaml")
@@ -74,7 +78,10 @@ def test_a_run_and_its_checkpoints_stand_for_the_spec_in_them() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("moeut_24m", "moeut_24m is neither an architecture nor a file; did you mean moeut_244m or moeut_44m"),
+        (
+            "moeut_24m",
+            "moeut_24m is neither an architecture nor a file; did you mean moeut_244m or moeut_44m",
+        ),
         ("MoEUT_244M", "did you mean moeut_244m"),
         ("moeut_244m_aabb", "did you mean ablations/moeut_244m_aabb?"),
         ("missing.yaml", "missing.yaml is neither an architecture nor a file"),

@@ -89,7 +89,10 @@ def test_plain_values_and_defaults() -> None:
 
 
 def test_maps_merge_and_lists_and_scalars_replace() -> None:
-    write("base.yaml", "name: base\nsize: 5\nfigure: {kind: box, width: 3, height: 2}\nparts: [{n: 1}, {n: 2}]\n")
+    write(
+        "base.yaml",
+        "name: base\nsize: 5\nfigure: {kind: box, width: 3, height: 2}\nparts: [{n: 1}, {n: 2}]\n",
+    )
     spec = toy("extends: base\nname: child\nfigure: {width: 4}\nparts: [{n: 9}]\n")
     assert spec == Toy(name="child", size=5, figure=Box(width=4.0, height=2.0), parts=[Part(n=9)])
 
@@ -100,7 +103,10 @@ def test_a_map_of_another_kind_replaces() -> None:
 
 
 def test_null_takes_away() -> None:
-    write("base.yaml", "name: base\nsize: 5\nlimit: 1.0\nother: {kind: circle, radius: 1}\nfigure: {kind: box, width: 3, height: 2}\n")
+    write(
+        "base.yaml",
+        "name: base\nsize: 5\nlimit: 1.0\nother: {kind: circle, radius: 1}\nfigure: {kind: box, width: 3, height: 2}\n",
+    )
     spec = toy("extends: base\nsize: null\nlimit: null\nother: null\nfigure: {height: null}\n")
     assert spec == Toy(name="base", size=3, limit=None, other=None, figure=Box(width=3.0))
 
@@ -143,9 +149,9 @@ def test_dotted_keys_reach_into_maps_and_lists() -> None:
 
 
 def test_a_dotted_key_reaches_into_its_own_file() -> None:
-    assert toy("parts.0.n: 4\nname: a\nparts: [{n: 1}]\nfigure: {kind: box, width: 9, \"height\": 1}\nfigure.height: 2\n") == Toy(
-        name="a", parts=[Part(n=4)], figure=Box(width=9.0, height=2.0)
-    )
+    assert toy(
+        'parts.0.n: 4\nname: a\nparts: [{n: 1}]\nfigure: {kind: box, width: 9, "height": 1}\nfigure.height: 2\n'
+    ) == Toy(name="a", parts=[Part(n=4)], figure=Box(width=9.0, height=2.0))
 
 
 def test_a_dotted_null_removes_an_item() -> None:
@@ -155,7 +161,9 @@ def test_a_dotted_null_removes_an_item() -> None:
 
 def test_a_dotted_key_reaches_into_defaults() -> None:
     spec = toy("name: a\nfigure.height: 2\npair.0: 0.5\n", "parts.0.label=b")
-    assert spec == Toy(name="a", figure=Box(width=2.0, height=2.0), pair=(0.5, 0.999), parts=[Part(label="b")])
+    assert spec == Toy(
+        name="a", figure=Box(width=2.0, height=2.0), pair=(0.5, 0.999), parts=[Part(label="b")]
+    )
 
 
 def test_a_dotted_kind_starts_afresh() -> None:
@@ -164,7 +172,15 @@ def test_a_dotted_kind_starts_afresh() -> None:
 
 
 def test_overrides_are_yaml_and_the_later_one_wins() -> None:
-    spec = toy("name: a\n", "size=4", "limit=1e-3", "parts=[{n: 2}, {n: 3}]", "parts.1.tags=[p, q]", "size=5", "name='7'")
+    spec = toy(
+        "name: a\n",
+        "size=4",
+        "limit=1e-3",
+        "parts=[{n: 2}, {n: 3}]",
+        "parts.1.tags=[p, q]",
+        "size=5",
+        "name='7'",
+    )
     assert spec == Toy(name="7", size=5, limit=1e-3, parts=[Part(n=2), Part(n=3, tags=["p", "q"])])
 
 
@@ -223,7 +239,9 @@ def test_a_circle_names_its_links() -> None:
     write("three.yaml", "extends: one.yaml\n")
     with pytest.raises(SpecError) as caught:
         load_as(Toy, "architectures", "one.yaml")
-    message = "three.yaml:1:10: extends: goes round in a circle: one.yaml -> two.yaml -> three.yaml -> one.yaml"
+    message = (
+        "three.yaml:1:10: extends: goes round in a circle: one.yaml -> two.yaml -> three.yaml -> one.yaml"
+    )
     assert str(caught.value) == message
 
 
@@ -234,7 +252,9 @@ def test_what_a_broken_base_would_have_held_is_not_called_missing() -> None:
 
 
 def test_an_override_that_is_none() -> None:
-    assert complaints("name: a\n", "size") == ["<command line> size: expected key=value, such as stages.0.repeats=4"]
+    assert complaints("name: a\n", "size") == [
+        "<command line> size: expected key=value, such as stages.0.repeats=4"
+    ]
     assert complaints("name: a\n", "size=[1") == [
         "<command line> size=[1: size: broken YAML: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"
     ]
@@ -272,7 +292,24 @@ def test_every_recipe_survives_the_way_to_yaml_and_back(spec) -> None:
 
 
 def test_text_that_looks_like_something_else_survives() -> None:
-    for text in ("no", "1e-3", "1_000", "null", "", "~", "a: b", "x # y", "two\nlines", "ü", "'", "0x10", ".5", "- a", "{", "yes"):
+    for text in (
+        "no",
+        "1e-3",
+        "1_000",
+        "null",
+        "",
+        "~",
+        "a: b",
+        "x # y",
+        "two\nlines",
+        "ü",
+        "'",
+        "0x10",
+        ".5",
+        "- a",
+        "{",
+        "yes",
+    ):
         spec = Toy(name=text, parts=[Part(label=text, tags=[text, text])], limit=1e-08)
         write("again.yaml", dump_yaml(spec))
         assert load_as(Toy, "architectures", "again.yaml") == spec
@@ -281,7 +318,7 @@ def test_text_that_looks_like_something_else_survives() -> None:
 def test_a_stored_text_is_read_without_a_file() -> None:
     text = (builtin_root("architectures") / "moeut_tiny.yaml").read_text()
     assert parse_spec(text, ["d_model=256"]).d_model == 256
-    with pytest.raises(SpecError, match="^weights:1:1: bogus: unknown key"):
+    with pytest.raises(SpecError, match=r"^weights:1:1: bogus: unknown key"):
         parse_spec(f"bogus: 1\n{text}", file="weights")
 
 

@@ -125,7 +125,9 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "a list for a map": (
         changed("position: {kind: rope, fraction: 0.5, base: 10000}", "position: [rope]"),
-        [f"{FILE}:7:11: position: expected a map, got a list of 1; give it a kind, one of none, rope, relative"],
+        [
+            f"{FILE}:7:11: position: expected a map, got a list of 1; give it a kind, one of none, rope, relative"
+        ],
     ),
     "no stages": (
         GOOD[: GOOD.index("stages:")] + "stages: []\n",
@@ -172,7 +174,10 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
         GOOD + "stages.1.repeats: 3\n",
         [f"{FILE}:15:1: stages.1: stages is a list of 1 item; reach them by number, from 0 to 0"],
     ),
-    "dotted key into a number": (GOOD + "d_model.x: 3\n", [f"{FILE}:15:1: d_model: is 64 here, and has no keys"]),
+    "dotted key into a number": (
+        GOOD + "d_model.x: 3\n",
+        [f"{FILE}:15:1: d_model: is 64 here, and has no keys"],
+    ),
     "base that does not exist": (
         "extends: dense_tinny\nname: foo\n",
         [f"{FILE}:1:10: extends: dense_tinny is neither an architecture nor a file; did you mean dense_tiny"],
@@ -188,17 +193,31 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
     "tab": (changed("    repeats", "\trepeats"), [f"{FILE}:10:1: broken YAML: a tab; indent with spaces"]),
     "unclosed bracket": (changed("placement: peri}", "placement: peri"), [f"{FILE}:7:9: broken YAML: "]),
     "bad indentation": (changed("    repeats", "   repeats"), [f"{FILE}:10:4: broken YAML: "]),
-    "unknown alias": (changed("d_model: 64", "d_model: *width"), [f"{FILE}:5:10: broken YAML: no anchor is named"]),
-    "a tag": (changed("d_model: 64", "d_model: !width 64"), [f"{FILE}:5:10: d_model: tag !width has no meaning in a spec"]),
+    "unknown alias": (
+        changed("d_model: 64", "d_model: *width"),
+        [f"{FILE}:5:10: broken YAML: no anchor is named"],
+    ),
+    "a tag": (
+        changed("d_model: 64", "d_model: !width 64"),
+        [f"{FILE}:5:10: d_model: tag !width has no meaning in a spec"],
+    ),
     "empty": ("", [f"{FILE}: is empty; a spec is a map of keys to values"]),
     "a list": ("- 1\n- 2\n", [f"{FILE}:1:1: holds a list; a spec is a map of keys to values"]),
     "a shell script": ("#!/bin/sh\nset -e\n", [f"{FILE}:1:1: a script, not a YAML spec"]),
-    "a script without a first line": ("set -e\nexit 1\n", [f"{FILE}:1:1: holds text; a spec is a map of keys to values"]),
+    "a script without a first line": (
+        "set -e\nexit 1\n",
+        [f"{FILE}:1:1: holds text; a spec is a map of keys to values"],
+    ),
     "a binary file": (b"\x93NUMPY\x01\x00v\x00{'descr'", [f"{FILE}: a binary file, not YAML"]),
-    "another encoding": ("# naïve\n".encode("latin-1") + GOOD.encode(), [f"{FILE}:1:5: byte 0xef is not UTF-8 text"]),
+    "another encoding": (
+        "# naïve\n".encode("latin-1") + GOOD.encode(),
+        [f"{FILE}:1:5: byte 0xef is not UTF-8 text"],
+    ),
     "two documents": (GOOD + "---\n" + GOOD, [f"{FILE}:16:1: a second document begins here"]),
     "several at once": (
-        changed("d_model: 64", "d_modl: 64").replace("repeats: 2", "repeats: many").replace("kind: rope", "kind: rop"),
+        changed("d_model: 64", "d_modl: 64")
+        .replace("repeats: 2", "repeats: many")
+        .replace("kind: rope", "kind: rop"),
         [
             f"{FILE}:5:1: d_modl: unknown key; did you mean d_model?",
             f"{FILE}:7:18: position.kind: unknown kind rop; did you mean rope?",

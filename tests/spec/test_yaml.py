@@ -55,7 +55,8 @@ def test_a_plain_word_means(text: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["no", "yes", "on", "off", "y", "n", "1_", "_1", "1e", "e5", "1:30", "2024-01-01", "0b1", "1.2.3", "nan"]
+    "word",
+    ["no", "yes", "on", "off", "y", "n", "1_", "_1", "1e", "e5", "1:30", "2024-01-01", "0b1", "1.2.3", "nan"],
 )
 def test_a_plain_word_stays_text(word: str) -> None:
     assert resolve(word) == word
@@ -122,7 +123,10 @@ def test_all_duplicate_keys_are_found() -> None:
         ("a: {b: 1\nc: 2\n", "a.yaml:2:2: broken YAML: while parsing a flow mapping"),
         ("a: b: c\n", "a.yaml:1:5: broken YAML: mapping values are not allowed here"),
         ("a: *nobody\n", "a.yaml:1:4: broken YAML: no anchor is named 'nobody'"),
-        ("a: !!python/object:os.system {}\n", "a.yaml:1:4: a: tag tag:yaml.org,2002:python/object:os.system has no meaning"),
+        (
+            "a: !!python/object:os.system {}\n",
+            "a.yaml:1:4: a: tag tag:yaml.org,2002:python/object:os.system has no meaning",
+        ),
         ("a: !mine 1\n", "a.yaml:1:4: a: tag !mine has no meaning in a spec"),
         ("a: !!int x\n", "a.yaml:1:4: a: 'x' cannot be read as !!int"),
         ("? [a, b]\n: 1\n", "a.yaml:1:3: a key must be a plain word"),
