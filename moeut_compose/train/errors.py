@@ -41,6 +41,6 @@ class Interrupted(TrainError):
         saved = (
             f"saved {checkpoint}; resume with --resume {checkpoint.parent.parent}"
             if checkpoint
-            else "nothing to save yet"
+            else "no checkpoint was written"
         )
         super().__init__(f"stopped by a signal; {saved}")

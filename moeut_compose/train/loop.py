@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeut_compose.train.errors import TrainError
 from moeut_compose.train.optim import build_optimizer, clip_gradients
 from moeut_compose.train.schedule import lr_at
 
@@ -87,6 +88,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return values
+
+    def fitting_step(
+        self,
+        batch: Tensor,
+        *,
+        between: Callable[[float], None],
+        may_shrink: bool,
+        warn: Callable[[str], None],
+    ) -> dict[str, Tensor]:
+        """`train_step`, with smaller micro-batches from the moment when memory runs out, if they may shrink.
+
+        Raises `TrainError` if they may not, or hold one sequence.
+        """
+        while True:
+            try:
+                return self.train_step(batch, between=between)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            if not may_shrink or self.micro_batch == 1:
+                raise TrainError(
+                    f"out of memory at step {self.step} with micro-batches of {self.micro_batch} x "
+                    f"{batch.shape[1] - 1} tokens; set recipe.batch.micro or recipe.context lower ({reason})"
+                )
+            torch.cuda.empty_cache()
+            self.micro_batch = -(-self.micro_batch // 2)
+            warn(f"out of memory; going on with micro-batches of {self.micro_batch} sequences")
 
     def _accumulate(self, batch: Tensor, between: Callable[[float], None]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

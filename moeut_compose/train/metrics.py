@@ -1,4 +1,4 @@
-"""Metrics: running means between rows, and the files that rows go to.
+"""Metrics: running means and speed between rows, and the files that rows go to.
 
 `metrics.jsonl` is the record and only ever appended to; `metrics.csv` is the same table, written anew from
 it. A resumed run drops the rows after its checkpoint, so the files are those of an uninterrupted run.
@@ -10,6 +10,8 @@ import csv
 import io
 import json
 import os
+import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from moeut_compose.data.files import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -50,6 +53,38 @@ class RunningMeans:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
+
+
+class StepClock:
+    """Time and tokens since the last row of metrics, without evaluating and saving."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self._began = time.perf_counter()
+        self._paused = 0.0
+        self._tokens = 0
+
+    def count(self, n_tokens: int) -> None:
+        self._tokens += n_tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def tokens_per_second(self) -> float:
+        """Meaningful once the device has been waited for, as reading any of its numbers does."""
+        seconds = time.perf_counter() - self._began - self._paused
+        return self._tokens / seconds if seconds > 0 else 0.0
 
 
 class MetricsLog:

@@ -9,54 +9,37 @@ from __future__ import annotations
 import math
 import random
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moeut_compose.data.order import windows_of_step
-from moeut_compose.evaluate.perplexity import Perplexity, measure_perplexity
+from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder
 from moeut_compose.train.device import choose_precision, used_memory
-from moeut_compose.train.errors import Interrupted, TrainError, TrainingDiverged
+from moeut_compose.train.errors import Interrupted, TrainingDiverged
 from moeut_compose.train.folder import PLOTS
 from moeut_compose.train.loop import Trainer
-from moeut_compose.train.metrics import MetricsLog, RunningMeans
+from moeut_compose.train.metrics import MetricsLog, RunningMeans, StepClock
 from moeut_compose.train.modes import compile_layers
 from moeut_compose.train.plot import plot_loss
+from moeut_compose.train.result import TrainResult, columns_of, from_columns
 from moeut_compose.train.signals import StopRequested
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
 
     from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.data.prepare import PreparedData
+    from moeut_compose.evaluate.perplexity import Perplexity
     from moeut_compose.progress import Reporter, Task
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.checkpoint import Checkpoint
     from moeut_compose.train.plan import TrainingPlan
     from moeut_compose.train.signals import StopSignal
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run came to."""
-
-    folder: Path
-    checkpoint: Path
-    step: int
-    tokens: int
-    loss: float
-    """Training cross entropy at the last row of the metrics."""
-    validation: Perplexity
-    sample: str
-    plot: Path
-    seconds: float
 
 
 class Session:
@@ -84,7 +67,7 @@ class Session:
         self._reporter = reporter
         self._device = next(model.parameters()).device
         self._means = RunningMeans()
-        self._clock = _Clock(self._device)
+        self._clock = StepClock(self._device)
         self._log: MetricsLog | None = None
         self._last: dict[str, Tensor] = {}
         self._trainer = Trainer(
@@ -138,7 +121,7 @@ class Session:
                 checkpoint=self._saved(),
                 step=trainer.step,
                 tokens=trainer.step * self._plan.tokens_per_step,
-                loss=losses[-1],
+                loss=losses[-1] if losses else math.nan,
                 validation=validation,
                 sample=self._write_sample(),
                 plot=plot_loss(
@@ -165,7 +148,15 @@ class Session:
         n_windows = self._data.train.n_windows(context)
         windows = windows_of_step(trainer.step, recipe.batch.size, n_windows, recipe.seed, recipe.order)
         batch = torch.from_numpy(self._data.train.windows(windows, context))
-        self._last = self._fitting_step(batch, task)
+
+        def between(share: float) -> None:
+            task.advance(share)
+            self._stop.poll()
+
+        may_shrink = recipe.batch.micro == "auto"
+        self._last = trainer.fitting_step(
+            batch, between=between, may_shrink=may_shrink, warn=self._reporter.warn
+        )
         self._clock.count(batch.shape[0] * context)
         self._means.add({name: value for name, value in self._last.items() if name != "grad_norm"})
         due = trainer.step % recipe.logging.interval == 0 or trainer.step == trainer.steps
@@ -177,30 +168,6 @@ class Session:
             speed = self._clock.tokens_per_second()
             detail = f"loss {self._last['cross_entropy'].item():.3f}  {_short(speed)} tokens/s"
         task.advance(0, detail=detail)
-
-    def _fitting_step(self, batch: Tensor, task: Task) -> dict[str, Tensor]:
-        """One step; where memory is short and the recipe leaves the choice, with smaller micro-batches."""
-
-        def between(share: float) -> None:
-            task.advance(share)
-            self._stop.poll()
-
-        trainer = self._trainer
-        while True:
-            try:
-                return trainer.train_step(batch, between=between)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-            if self._recipe.batch.micro != "auto" or trainer.micro_batch == 1:
-                raise TrainError(
-                    f"out of memory at step {trainer.step} with micro-batches of {trainer.micro_batch} x "
-                    f"{self._plan.context} tokens; set recipe.batch.micro or recipe.context lower ({reason})"
-                )
-            torch.cuda.empty_cache()
-            trainer.micro_batch = -(-trainer.micro_batch // 2)
-            self._reporter.warn(
-                f"out of memory; going on with micro-batches of {trainer.micro_batch} sequences"
-            )
 
     def _do_what_is_due(self) -> None:
         """Save and evaluate, if this step asks for it and it is not done yet."""
@@ -277,7 +244,7 @@ class Session:
         step = self._trainer.step
         for row in self.log.rows:
             if row["event"] == "validation" and row["step"] == step:
-                return _from_columns(row)
+                return from_columns(row)
         context, windows = self._plan.context, self._recipe.evaluation.windows
         available = self._data.validation.n_windows(context)
         count = available if windows is None else min(windows, available)
@@ -296,7 +263,7 @@ class Session:
                 between=between,
             )
         row = {"event": "validation", "step": step, "tokens": step * self._plan.tokens_per_step}
-        self.log.append(row | _columns(result))
+        self.log.append(row | columns_of(result))
         self.log.flush()
         self._reporter.note(f"step {step:,}: validation perplexity {result.perplexity:.2f}")
         return result
@@ -311,49 +278,6 @@ class Session:
             top_k=50,
             seed=self._recipe.seed,
         )
-
-
-class _Clock:
-    """Time and tokens since the last row of metrics, without evaluating and saving."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self._began = time.perf_counter()
-        self._paused = 0.0
-        self._tokens = 0
-
-    def count(self, n_tokens: int) -> None:
-        self._tokens += n_tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what happens inside."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
-
-    def tokens_per_second(self) -> float:
-        """Meaningful once the device has been waited for, as reading any of its numbers does."""
-        seconds = time.perf_counter() - self._began - self._paused
-        return self._tokens / seconds if seconds > 0 else 0.0
-
-
-def _columns(result: Perplexity) -> dict[str, Any]:
-    """A result as columns of the metrics, where `tokens` already means those trained on."""
-    columns = result.to_dict()
-    return {"validation_tokens" if name == "tokens" else name: value for name, value in columns.items()}
-
-
-def _from_columns(row: dict[str, Any]) -> Perplexity:
-    names = Perplexity.__dataclass_fields__
-    return Perplexity(**{name: row["validation_tokens" if name == "tokens" else name] for name in names})
 
 
 def _short(number: float) -> str:

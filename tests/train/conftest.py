@@ -21,6 +21,8 @@ from moeut_compose.spec.recipe import (
     RecipeSpec,
     TextData,
 )
+from moeut_compose.train import plan
+from moeut_compose.train.memory import Activations
 
 OVERRIDES = [
     "vocab_size=120",
@@ -51,6 +53,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing memory and timing the CPU take longer than these runs; `test_plan.py` tests them."""
+    monkeypatch.setattr(plan, "measure_cpu_flops", lambda: 1e11)
+    monkeypatch.setattr(plan, "trace_activations", lambda *_: Activations(fixed=0, per_sequence=2**20))
 
 
 @pytest.fixture

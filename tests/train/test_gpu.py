@@ -31,8 +31,8 @@ def test_a_deterministic_run_resumes_to_the_same_bits(
     exact = recipe.model_copy(update={"deterministic": True, "precision": "bf16"})
     whole = train(spec, exact, out=tmp_path / "whole", device="cuda").folder
     stopped = tmp_path / "stopped"
+    reporter = stop_at("training", 4.5, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
-        reporter = stop_at("training", 4.5, lambda: signal.raise_signal(signal.SIGTERM))
         train(spec, exact, out=stopped, device="cuda", reporter=reporter)
     train(spec, exact, out=stopped, device="cuda")
     left, right = (load_run(run).model.state_dict() for run in (whole, stopped))

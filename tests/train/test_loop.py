@@ -7,6 +7,7 @@ from moeut_compose.build import build_model
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule
 from moeut_compose.train.device import Precision
+from moeut_compose.train.errors import TrainError
 from moeut_compose.train.loop import Trainer
 
 
@@ -95,3 +96,23 @@ def test_bfloat16_trains_with_float32_weights(spec: ModelSpec) -> None:
     losses = [trainer.train_step(batch)["cross_entropy"].item() for _ in range(8)]
     assert losses[-1] < losses[0]
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_memory_running_out_shrinks_the_micro_batch_or_says_what_to_do(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(self: Trainer, batch: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+        if self.micro_batch > 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB\nand so on")
+        return original(self, batch, **options)
+
+    original = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", short_of_memory)
+    trainer, warnings = make_trainer(spec, 6), []
+    options = {"between": lambda share: None, "warn": warnings.append}
+    with pytest.raises(
+        TrainError, match=r"micro-batches of 6 x 16 tokens; set recipe\.batch\.micro .*\(tried"
+    ):
+        trainer.fitting_step(batches(1)[0], may_shrink=False, **options)
+    trainer.fitting_step(batches(1)[0], may_shrink=True, **options)
+    assert (trainer.micro_batch, trainer.step, len(warnings)) == (2, 1, 2)

@@ -18,7 +18,7 @@ from moeut_compose.train.plan import plan_training
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measure_cpu_flops", lambda: 1e11)
+    monkeypatch.setattr(module, "trace_activations", trace_activations)
     monkeypatch.setattr(module, "free_memory", lambda device: 32 * 2**30)
 
 
