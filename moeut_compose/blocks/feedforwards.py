@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_
-from moeut_compose.blocks.roles import Alive, FeedForward, Router, everyone, running
+from moeut_compose.blocks.linear import Linear, Lora
+from moeut_compose.blocks.roles import Call, FeedForward, Router, everyone, running
 from moeut_compose.blocks.stats import Stats, under
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
@@ -39,20 +40,24 @@ def up_width(width: int, activation: Activation) -> int:
 class DenseFeedForward(FeedForward):
     """Two linear maps with an activation between them."""
 
-    def __init__(self, d_model: int, *, d_ff: int, activation: Activation, bias: bool) -> None:
+    def __init__(
+        self, d_model: int, *, d_ff: int, activation: Activation, bias: bool, lora: Lora | None = None
+    ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(d_model, up_width(d_ff, activation), bias=bias)
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
+        self.up = Linear(d_model, up_width(d_ff, activation), bias=bias, lora=lora)
+        self.down = Linear(d_ff, d_model, bias=bias, lora=lora)
 
     def reset_parameters(self, *, scale: float) -> None:
         for linear in (self.up, self.down):
             truncated_normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+            linear.reset_lora()
 
-    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
-        return self.down(activate(self.up(data), self.activation)), {}
+    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
+        hidden = activate(self.up(data, call.repeat), self.activation)
+        return self.down(hidden, call.repeat), {}
 
 
 class ExpertFeedForward(FeedForward):
@@ -72,6 +77,7 @@ class ExpertFeedForward(FeedForward):
         bias: bool,
         n_shared: int = 0,
         uniform_fan_in: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         n_experts, width = router.n_experts, up_width(d_expert, activation)
@@ -83,7 +89,7 @@ class ExpertFeedForward(FeedForward):
         self.up_bias = nn.Parameter(torch.empty(n_experts, width)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(n_experts, d_model)) if bias else None
         self.shared = (
-            DenseFeedForward(d_model, d_ff=n_shared * d_expert, activation=activation, bias=bias)
+            DenseFeedForward(d_model, d_ff=n_shared * d_expert, activation=activation, bias=bias, lora=lora)
             if n_shared
             else None
         )
@@ -103,7 +109,8 @@ class ExpertFeedForward(FeedForward):
         if self.shared is not None:
             self.shared.reset_parameters(scale=scale)
 
-    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
+    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
+        alive = call.alive
         routing = self.router(select, alive)
         index, gate, rows = (
             running(part.flatten(0, 1), alive) for part in (routing.index, routing.gate, data)
@@ -120,5 +127,5 @@ class ExpertFeedForward(FeedForward):
         )
         output = everyone(output, alive).view(data.shape)
         if self.shared is not None:
-            output = output + self.shared(data, select, alive=alive)[0]
+            output = output + self.shared(data, select, call)[0]
         return output, under("router", routing.stats)

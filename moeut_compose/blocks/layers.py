@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory
-from moeut_compose.blocks.roles import Alive, FeedForward, Mixer
+from moeut_compose.blocks.norms import Norm
+from moeut_compose.blocks.roles import Call, FeedForward, Mixed, Mixer
 from moeut_compose.blocks.stats import Stats, under
 
 
@@ -29,7 +30,7 @@ class Layer(nn.Module):
     """A mixer, a feedforward and two norms; a subclass places the norms."""
 
     def __init__(
-        self, mixer: Mixer, feedforward: FeedForward, mixer_norm: nn.Module, feedforward_norm: nn.Module
+        self, mixer: Mixer, feedforward: FeedForward, mixer_norm: Norm, feedforward_norm: Norm
     ) -> None:
         super().__init__()
         self.mixer_norm = mixer_norm
@@ -41,63 +42,52 @@ class Layer(nn.Module):
         """Draw all weights; `scale` is the depth factor c of the published initialisation."""
         self.mixer.reset_parameters(scale=scale)
         self.feedforward.reset_parameters(scale=scale)
-        for norm in (self.mixer_norm, self.feedforward_norm):
-            norm.reset_parameters()  # type: ignore[operator]
+        self.mixer_norm.reset_parameters()
+        self.feedforward_norm.reset_parameters()
 
     def forward(
-        self,
-        hidden: Tensor,
-        context: Tensor,
-        *,
-        alive: Alive | None = None,
-        start: int = 0,
-        past: Memory | None = None,
+        self, hidden: Tensor, context: Tensor, call: Call | None = None, past: Memory | None = None
     ) -> Run:
-        """Apply the layer to `hidden [B, T, D]` at positions `start, start + 1, ...`."""
-        x, mixer_stats, memory = self.mix(hidden, context, alive, start, past)
-        x, feedforward_stats = self.transform(x, alive)
+        """Apply the layer to `hidden [B, T, D]`; keys and values come from `context` and from `past`."""
+        call = Call() if call is None else call
+        x, mixer_stats, memory = self.mix(hidden, context, call, past)
+        x, feedforward_stats = self.transform(x, call)
         return Run(x, under("mixer", mixer_stats) | under("feedforward", feedforward_stats), memory)
 
     @abstractmethod
-    def mix(
-        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
-    ) -> tuple[Tensor, Stats, Memory]:
+    def mix(self, hidden: Tensor, context: Tensor, call: Call, past: Memory | None) -> Mixed:
         """The mixer with its residual."""
 
     @abstractmethod
-    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
+    def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
         """The feedforward with its residual."""
 
 
 class PreNormLayer(Layer):
     """Norm before each block: y = x + A(N1 x); x' = y + F(N2 y)."""
 
-    def mix(
-        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
-    ) -> tuple[Tensor, Stats, Memory]:
-        query = self.mixer_norm(hidden)
-        source = query if context is hidden else self.mixer_norm(context)
-        output, stats, memory = self.mixer(query, source, source, alive=alive, start=start, past=past)
-        return hidden + output, stats, memory
+    def mix(self, hidden: Tensor, context: Tensor, call: Call, past: Memory | None) -> Mixed:
+        query = self.mixer_norm(hidden, call.repeat)
+        source = query if context is hidden else self.mixer_norm(context, call.repeat)
+        output, stats, memory = self.mixer(query, source, source, call, past)
+        return Mixed(hidden + output, stats, memory)
 
-    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
-        normed = self.feedforward_norm(x)
-        output, stats = self.feedforward(normed, normed, alive=alive)
+    def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
+        normed = self.feedforward_norm(x, call.repeat)
+        output, stats = self.feedforward(normed, normed, call)
         return x + output, stats
 
 
 class PostNormLayer(Layer):
     """Norm after each residual sum: y = N1(x + A(x)); x' = N2(y + F(y))."""
 
-    def mix(
-        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
-    ) -> tuple[Tensor, Stats, Memory]:
-        output, stats, memory = self.mixer(hidden, context, context, alive=alive, start=start, past=past)
-        return self.mixer_norm(hidden + output), stats, memory
+    def mix(self, hidden: Tensor, context: Tensor, call: Call, past: Memory | None) -> Mixed:
+        output, stats, memory = self.mixer(hidden, context, context, call, past)
+        return Mixed(self.mixer_norm(hidden + output, call.repeat), stats, memory)
 
-    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
-        output, stats = self.feedforward(x, x, alive=alive)
-        return self.feedforward_norm(x + output), stats
+    def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
+        output, stats = self.feedforward(x, x, call)
+        return self.feedforward_norm(x + output, call.repeat), stats
 
 
 class PeriNormLayer(Layer):
@@ -106,14 +96,12 @@ class PeriNormLayer(Layer):
     Queries, keys and all routers read a norm; values and experts read the residual stream itself.
     """
 
-    def mix(
-        self, hidden: Tensor, context: Tensor, alive: Alive | None, start: int, past: Memory | None
-    ) -> tuple[Tensor, Stats, Memory]:
-        query = self.mixer_norm(hidden)
-        key = query if context is hidden else self.mixer_norm(context)
-        output, stats, memory = self.mixer(query, key, context, alive=alive, start=start, past=past)
-        return hidden + output, stats, memory
+    def mix(self, hidden: Tensor, context: Tensor, call: Call, past: Memory | None) -> Mixed:
+        query = self.mixer_norm(hidden, call.repeat)
+        key = query if context is hidden else self.mixer_norm(context, call.repeat)
+        output, stats, memory = self.mixer(query, key, context, call, past)
+        return Mixed(hidden + output, stats, memory)
 
-    def transform(self, x: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
-        output, stats = self.feedforward(x, self.feedforward_norm(x), alive=alive)
+    def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
+        output, stats = self.feedforward(x, self.feedforward_norm(x, call.repeat), call)
         return x + output, stats

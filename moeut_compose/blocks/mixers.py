@@ -11,20 +11,33 @@ from torch import Tensor, nn
 from moeut_compose.blocks.attention import attend, remember, split_heads
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_, xavier_uniform_
-from moeut_compose.blocks.roles import Alive, Mixed, Mixer, Position, Router, Routing, everyone, running
+from moeut_compose.blocks.linear import Linear, Lora
+from moeut_compose.blocks.roles import (
+    Alive,
+    Call,
+    Mixed,
+    Mixer,
+    Position,
+    Router,
+    Routing,
+    everyone,
+    running,
+)
 from moeut_compose.blocks.stats import Stats, under
 
 
 class Attention(Mixer):
     """Softmax attention with dense projections and no biases."""
 
-    def __init__(self, d_model: int, *, n_heads: int, d_head: int, position: Position) -> None:
+    def __init__(
+        self, d_model: int, *, n_heads: int, d_head: int, position: Position, lora: Lora | None = None
+    ) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.query = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.key = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.value = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.output = nn.Linear(n_heads * d_head, d_model, bias=False)
+        self.query = Linear(d_model, n_heads * d_head, bias=False, lora=lora)
+        self.key = Linear(d_model, n_heads * d_head, bias=False, lora=lora)
+        self.value = Linear(d_model, n_heads * d_head, bias=False, lora=lora)
+        self.output = Linear(n_heads * d_head, d_model, bias=False, lora=lora)
         self.position = position
 
     def reset_parameters(self, *, scale: float) -> None:
@@ -36,24 +49,17 @@ class Attention(Mixer):
         with torch.no_grad():
             self.key.weight.copy_(joint[:rows])
             self.value.weight.copy_(joint[rows:])
+        for linear in (self.query, self.key, self.value, self.output):
+            linear.reset_lora()
         self.position.reset_parameters()
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        alive: Alive | None,
-        start: int,
-        past: Memory | None,
-    ) -> Mixed:
-        q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
-        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
-        v = split_heads(self.value(value), self.n_heads)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
+        q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
+        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
+        v = split_heads(self.value(value, call.repeat), self.n_heads)
         memory = remember(k, v, past)
-        mixed = attend(q, memory, position=self.position, start=start)
-        return Mixed(self.output(mixed.transpose(1, 2).flatten(2)), {}, memory)
+        mixed = attend(q, memory, position=self.position, start=call.start)
+        return Mixed(self.output(mixed.transpose(1, 2).flatten(2), call.repeat), {}, memory)
 
 
 class SwitchHead(Mixer):
@@ -72,12 +78,13 @@ class SwitchHead(Mixer):
         value_router: Router | None,
         output_router: Router,
         position: Position,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.n_experts = output_router.n_experts
-        self.query = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.key = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.query = Linear(d_model, n_heads * d_head, bias=False, lora=lora)
+        self.key = Linear(d_model, n_heads * d_head, bias=False, lora=lora)
         self.value = nn.Parameter(torch.empty(n_heads * self.n_experts, d_model, d_head))
         self.output = nn.Parameter(torch.empty(n_heads * self.n_experts, d_head, d_model))
         self.value_router = value_router
@@ -92,24 +99,17 @@ class SwitchHead(Mixer):
         if self.value_router is not None:
             self.value_router.reset_parameters(scale=scale)
         self.output_router.reset_parameters(scale=scale)
+        for linear in (self.query, self.key):
+            linear.reset_lora()
         self.position.reset_parameters()
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        alive: Alive | None,
-        start: int,
-        past: Memory | None,
-    ) -> Mixed:
-        q = self.position.rotate(split_heads(self.query(query), self.n_heads), start)
-        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
+        q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
+        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
         v, stats = self._values(key, value)
         memory = remember(k, v, past)
-        mixed = attend(q, memory, position=self.position, start=start)
-        output, output_stats = self._outputs(query, mixed, alive)
+        mixed = attend(q, memory, position=self.position, start=call.start)
+        output, output_stats = self._outputs(query, mixed, call.alive)
         return Mixed(output, stats | output_stats, memory)
 
     def _plan(self, routing: Routing, alive: Alive | None = None) -> tuple[mk.Plan, Tensor]:
@@ -153,14 +153,21 @@ class MixtureOfAttention(Mixer):
     """
 
     def __init__(
-        self, d_model: int, *, d_expert: int, d_head: int, router: Router, position: Position
+        self,
+        d_model: int,
+        *,
+        d_expert: int,
+        d_head: int,
+        router: Router,
+        position: Position,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.n_heads = d_expert // d_head
         self.query = nn.Parameter(torch.empty(router.n_experts, d_model, d_expert))
         self.output = nn.Parameter(torch.empty(router.n_experts, d_expert, d_model))
-        self.key = nn.Linear(d_model, d_expert, bias=False)
-        self.value = nn.Linear(d_model, d_expert, bias=False)
+        self.key = Linear(d_model, d_expert, bias=False, lora=lora)
+        self.value = Linear(d_model, d_expert, bias=False, lora=lora)
         self.router = router
         self.position = position
 
@@ -170,19 +177,13 @@ class MixtureOfAttention(Mixer):
         for linear in (self.key, self.value):
             xavier_uniform_(linear.weight, gain=1.0 / math.sqrt(2.0))
         self.router.reset_parameters(scale=scale)
+        for linear in (self.key, self.value):
+            linear.reset_lora()
         self.position.reset_parameters()
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        alive: Alive | None,
-        start: int,
-        past: Memory | None,
-    ) -> Mixed:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         batch, length, d_model = query.shape
+        alive = call.alive
         routing = self.router(query, alive)
         chosen = routing.index.shape[-1]
         # a chosen expert is a group of its own: its query stands alone, its output is merged with its gate
@@ -191,11 +192,11 @@ class MixtureOfAttention(Mixer):
         plan = mk.plan(index, self.router.n_experts)
         queries = mk.expert_split(running(query.flatten(0, 1), alive), self.query, plan, None)
         q = everyone(queries, alive).view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
-        q = self.position.rotate(q, start)
-        k = self.position.rotate(split_heads(self.key(key), self.n_heads), start)
-        memory = remember(k, split_heads(self.value(value), self.n_heads), past)
+        q = self.position.rotate(q, call.start)
+        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
+        memory = remember(k, split_heads(self.value(value, call.repeat), self.n_heads), past)
         wide = tuple(part.repeat(1, chosen, 1, 1) for part in memory)
-        mixed = attend(q, (wide[0], wide[1]), position=self.position, start=start)
+        mixed = attend(q, (wide[0], wide[1]), position=self.position, start=call.start)
         merged = mixed.transpose(1, 2).reshape(batch * length, chosen, -1)
         output = everyone(mk.expert_merge(running(merged, alive), self.output, plan, gate), alive)
         return Mixed(output.view(batch, length, d_model), under("router", routing.stats), memory)

@@ -62,9 +62,7 @@ class LanguageModel(nn.Module):
         d_model = self.embedding.embedding_dim
         normal_(self.embedding.weight, std=1.0 / math.sqrt(d_model))
         for stage, scales in zip(self.stages, layer_scales, strict=True):
-            stage.halting.reset_parameters()
-            for layer, scale in zip(stage.layers, scales, strict=True):
-                layer.reset_parameters(scale=scale)
+            stage.reset_parameters(layer_scales=scales)
         if hasattr(self.final_norm, "reset_parameters"):
             self.final_norm.reset_parameters()
         head = (self.tied_bias,) if self.head is None else (self.head.weight, self.head.bias)
@@ -72,7 +70,9 @@ class LanguageModel(nn.Module):
             if weight is not None:
                 uniform_(weight, bound=1.0 / math.sqrt(d_model))
 
-    def forward(self, ids: Tensor, *, targets: Tensor | None = None, cache: Cache | None = None) -> ModelOutput:
+    def forward(
+        self, ids: Tensor, *, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> ModelOutput:
         """Predict the token after each of `ids [B, T]`.
 
         With `targets [B, T]` (-100: ignored) the mean cross entropy takes the place of logits. With a `cache`, `ids`

@@ -1,17 +1,63 @@
-"""Normalisation modules."""
+"""Normalisation modules. Those of layers may have weights of their own for each pass, `[R, D]` instead of `[D]`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension."""
+class Norm(nn.Module, ABC):
+    """Normalisation over the last dimension."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Set the weights to the identity."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        """Normalise `x [..., D]` with the weights of pass `repeat`."""
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last dimension."""
+class LayerNorm(Norm):
+    """Layer normalisation with weight and bias."""
+
+    def __init__(self, d_model: int, *, eps: float, n_repeats: int | None = None) -> None:
+        super().__init__()
+        shape = (d_model,) if n_repeats is None else (n_repeats, d_model)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        weight, bias = _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+class RMSNorm(Norm):
+    """Root-mean-square normalisation with a weight."""
+
+    def __init__(self, d_model: int, *, eps: float, n_repeats: int | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty((d_model,) if n_repeats is None else (n_repeats, d_model)))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        weight = _of_pass(self.weight, repeat)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+def _of_pass(weight: Tensor, repeat: int) -> Tensor:
+    return weight if weight.dim() == 1 else weight[repeat]
 
 
 class Unscaled(nn.Module):

@@ -43,6 +43,17 @@ def everyone(x: Tensor, alive: Alive | None) -> Tensor:
     return x.new_zeros(alive.mass.numel(), *x.shape[1:]).index_copy(0, alive.rows, x)
 
 
+class Call(NamedTuple):
+    """Where and when a layer runs."""
+
+    repeat: int = 0
+    """The pass over its stage, from 0."""
+    start: int = 0
+    """Position of the first new token."""
+    alive: Alive | None = None
+    """Who runs; None for everyone."""
+
+
 class Routing(NamedTuple):
     """Which experts each token uses, and how strongly."""
 
@@ -111,19 +122,10 @@ class Mixer(nn.Module, ABC):
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
 
     @abstractmethod
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        alive: Alive | None,
-        start: int,
-        past: Memory | None,
-    ) -> Mixed:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
 
-        The new tokens stand at positions `start, start + 1, ...`; `past` holds the memory of those before.
+        `past` holds the memory of the tokens before `call.start`.
         """
 
 
@@ -135,5 +137,5 @@ class FeedForward(nn.Module, ABC):
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
 
     @abstractmethod
-    def forward(self, data: Tensor, select: Tensor, *, alive: Alive | None) -> tuple[Tensor, Stats]:
+    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
         """Transform `data [B, T, D]`; routers read `select [B, T, D]`."""

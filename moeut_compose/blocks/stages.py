@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
-from moeut_compose.blocks.roles import Alive, Router
+from moeut_compose.blocks.loops import Injection, StepEmbedding
+from moeut_compose.blocks.roles import Alive, Call, Router
 from moeut_compose.blocks.stats import Stats, below, pool, under
 
 
@@ -32,36 +33,62 @@ class Stage(nn.Module):
     """Leave tokens at rest out of expert products: less work, the same results, a wait for the device."""
 
     def __init__(
-        self, layers: Sequence[Layer], *, schedule: Sequence[tuple[int, int]], halting: AnyHalting
+        self,
+        layers: Sequence[Layer],
+        *,
+        schedule: Sequence[tuple[int, int]],
+        halting: AnyHalting,
+        injection: Injection,
+        step: StepEmbedding,
     ) -> None:
         super().__init__()
         self.skips_resting = False
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
         self.halting = halting
+        self.injection = injection
+        self.step = step
+
+    def reset_parameters(self, *, layer_scales: Sequence[float]) -> None:
+        """Draw all weights; `layer_scales[member]` is the depth factor c of the published initialisation."""
+        self.halting.reset_parameters()
+        self.injection.reset_parameters()
+        self.step.reset_parameters()
+        for layer, scale in zip(self.layers, layer_scales, strict=True):
+            assert isinstance(layer, Layer)
+            layer.reset_parameters(scale=scale)
 
     def forward(self, x: Tensor, *, start: int = 0, past: Sequence[Memory] = ()) -> StageRun:
         """Run all applications on `x [B, T, D]`; `past` has one memory per application, or is empty."""
         state = self.halting.begin(x)
         stats: Stats = {}
         memories: list[Memory] = []
-        before = 0
+        call = Call(repeat=-1, start=start)
         for application, (member, repeat) in enumerate(self.schedule):
-            if repeat != before:
-                state, before = self.halting.decide(state, repeat), repeat
-            hidden, seen, memory = self.layers[member](
-                state.hidden,
-                state.context,
-                alive=self._alive(state),
-                start=start,
-                past=past[application] if past else None,
-            )
+            hidden, context = state.hidden, state.context
+            if repeat != call.repeat:
+                if repeat > 0:
+                    state = self.halting.decide(state, repeat)
+                call = Call(repeat, start, self._alive(state))
+                hidden, context = self._enter(state, x, call)
+            memory = past[application] if past else None
+            hidden, seen, memory = self.layers[member](hidden, context, call, memory)
             state = self.halting.absorb(state, hidden)
             stats = pool(stats, under(f"layers.{member}", seen))
             memories.append(memory)
         output, halting_losses, halting_stats = self.halting.finish(state)
         losses = under("halting", halting_losses) | self._balance_losses(stats)
         return StageRun(output, losses, stats | under("halting", halting_stats), tuple(memories))
+
+    def _enter(self, state: HaltingState, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """What the first layer of a pass reads instead of `state.hidden` and `state.context`."""
+
+        def entered(part: Tensor) -> Tensor:
+            part = self.injection.start(part) if call.repeat == 0 else self.injection(part, x)
+            return self.step(part, call.repeat, call.start)
+
+        hidden = entered(state.hidden)
+        return hidden, hidden if state.context is state.hidden else entered(state.context)
 
     def _alive(self, state: HaltingState) -> Alive | None:
         if state.alive is None:

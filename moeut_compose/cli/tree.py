@@ -48,16 +48,19 @@ def _add_stage(root: Tree, spec: ModelSpec, stage: StageSpec, index: int, member
     passes = "pass" if stage.repeats == 1 else "passes"
     group = f"{stage.n_members} member{'s' if stage.n_members > 1 else ''} × {stage.repeats} {passes}"
     order = f", {_unrolled(stage)}" if stage.repeats > 1 or stage.n_members > 1 else ""
-    total = sum(member.num_params(spec.d_model) for member in members) + stage.halting.num_params(
-        spec.d_model
-    )
+    total = sum(member.num_params(spec.d_model) for member in members) + stage.own_params(spec.d_model)
     branch = root.add(_line(f"stage {index}", f"{group}{order}", total))
     first = 0
     for layer in stage.layers:
         _add_layer(branch, spec, members[first], first, layer.count)
         first += layer.count
-    if stage.halting.kind != "none":
-        branch.add(_line("halting", _part(stage.halting), stage.halting.num_params(spec.d_model)))
+    for name, part, n_params in (
+        ("inject", stage.inject, stage.inject.num_params(spec.d_model)),
+        ("step", stage.step, stage.step.num_params(spec.d_model, stage.repeats)),
+        ("halting", stage.halting, stage.halting.num_params(spec.d_model)),
+    ):
+        if part.kind != "none":
+            branch.add(_line(name, _part(part), n_params))
 
 
 def _add_layer(branch: Tree, spec: ModelSpec, member: Member, first: int, count: int) -> None:
@@ -68,11 +71,15 @@ def _add_layer(branch: Tree, spec: ModelSpec, member: Member, first: int, count:
         _line(names, f"runs {member.applications}×{each}", count * member.num_params(spec.d_model))
     )
     mixer, feedforward = member.layer.mixer, member.layer.feedforward
-    norms = f"{member.norm.kind}, {member.norm.placement}, 2 × {spec.d_model}"
-    node.add(_line("norms", norms, 2 * member.norm.num_params(spec.d_model)))
+    n_norms = 2 * (member.applications if member.has_own_norms else 1)
+    norms = f"{member.norm.kind}, {member.norm.placement}, {n_norms} × {spec.d_model}"
+    node.add(_line("norms", norms, n_norms * member.norm.num_params(spec.d_model)))
     position = "" if member.position.kind == "none" else f"; {_part(member.position)}"
     node.add(_line("mixer", f"{_part(mixer)}{position}", mixer.num_params(spec.d_model, member.position)))
     node.add(_line("feedforward", _part(feedforward), feedforward.num_params(spec.d_model)))
+    if member.lora is not None:
+        changes = member.applications * sum(member.lora_macs(spec.d_model).values())
+        node.add(_line("lora", f"rank {member.lora.rank}, {member.applications} changes", changes))
 
 
 def letters(member: int) -> str:

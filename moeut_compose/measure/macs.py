@@ -38,7 +38,10 @@ def member_macs(member: Member, d_model: int, seq_len: int, convention: Conventi
     mixer, feedforward = member.layer.mixer, member.layer.feedforward
     if convention == "paper":
         return mixer.paper_macs(d_model, seq_len) | feedforward.paper_macs(d_model)
-    return mixer.macs(d_model, seq_len, member.position) | feedforward.macs(d_model)
+    parts = mixer.macs(d_model, seq_len, member.position) | feedforward.macs(d_model)
+    for component, macs in member.lora_macs(d_model).items():
+        parts[component] += macs
+    return parts
 
 
 def count_macs(spec: ModelSpec, seq_len: int | None = None, convention: Convention = "exact") -> MacCount:
@@ -54,7 +57,8 @@ def count_macs(spec: ModelSpec, seq_len: int | None = None, convention: Conventi
         for component, macs in member_macs(member, spec.d_model, length, convention).items():
             parts[component] = parts.get(component, 0) + member.applications * macs
     for stage in spec.stages:
-        parts["act_gate"] = parts.get("act_gate", 0) + stage.halting.macs(spec.d_model, stage.repeats)
+        for component, macs in stage.own_macs(spec.d_model).items():
+            parts[component] = parts.get(component, 0) + macs
     layers = sum(parts.values())
     head = spec.vocab_size * spec.d_model if convention == "exact" else 0
     if convention == "exact":

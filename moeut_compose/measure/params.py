@@ -31,17 +31,17 @@ def count_params(spec: ModelSpec) -> ParamCount:
     """Count the parameters of `spec` without building it."""
     d_model = spec.d_model
     outside = d_model + spec.final_norm_params() + spec.vocab_size * d_model + (spec.vocab_size if spec.head.bias else 0)
-    halting = sum(stage.halting.num_params(d_model) for stage in spec.stages)
-    halting_unrolled = sum((stage.repeats - 1) * stage.halting.num_params(d_model) for stage in spec.stages)
+    stages = sum(stage.own_params(d_model) for stage in spec.stages)
+    stages_unrolled = sum(stage.own_unrolled_params(d_model) for stage in spec.stages)
     members = list(spec.members())
     active = sum(member.active_params(d_model) for member in members)
-    unrolled = sum(member.applications * member.active_params(d_model) for member in members)
+    unrolled = sum(member.unrolled_params(d_model) for member in members)
     return ParamCount(
         name=spec.name,
         total=spec.num_params(),
         embedding=spec.embedding_params(),
         head=spec.head_params(),
         layers=spec.layer_params(),
-        active_per_token=outside + halting + active,
-        unrolled_per_token=outside + halting_unrolled + unrolled,
+        active_per_token=outside + stages + active,
+        unrolled_per_token=outside + stages_unrolled + unrolled,
     )

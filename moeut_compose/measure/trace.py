@@ -183,6 +183,8 @@ def component_of(module: str, operator: str) -> str:
     parts = module.split(".")
     if "halting" in parts:
         return "act_gate"
+    if "injection" in parts:
+        return "injection"
     if "feedforward" in parts:
         return "ffn_select" if "router" in parts else "ffn"
     if "mixer" in parts:

@@ -42,6 +42,10 @@ class DenseSpec(Spec):
     def macs(self, d_model: int) -> dict[str, int]:
         return {"ffn": d_model * (_up_width(self.d_ff, self.activation) + self.d_ff)}
 
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps."""
+        return [(d_model, _up_width(self.d_ff, self.activation)), (self.d_ff, d_model)]
+
     def paper_macs(self, d_model: int) -> dict[str, int]:
         return self.macs(d_model)
 
@@ -98,6 +102,10 @@ class SigmaMoESpec(ExpertFeedForwardSpec):
             "ffn_select": self.router.macs(d_model=d_model, n_experts=self.n_experts),
         }
 
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps: there are none."""
+        return []
+
     def paper_macs(self, d_model: int) -> dict[str, int]:
         return self.macs(d_model)
 
@@ -140,6 +148,11 @@ class MoESpec(ExpertFeedForwardSpec):
             "ffn": self.n_active * self._expert_macs(d_model, activation=self.activation),
             "ffn_select": self.router.macs(d_model=d_model, n_experts=self.n_experts),
         }
+
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps: those of the shared experts."""
+        width = self.n_shared * self.d_expert
+        return [(d_model, _up_width(width, self.activation)), (width, d_model)] if width else []
 
     def paper_macs(self, d_model: int) -> dict[str, int]:
         raise ValueError("the published formula is undefined for feedforward kind moe")

@@ -42,6 +42,11 @@ class AttentionSpec(Spec):
         inner = self.n_heads * self.d_head
         return {"attn_scores_values": 2 * inner * seq_len, "attn_proj": 4 * d_model * inner}
 
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps."""
+        inner = self.n_heads * self.d_head
+        return [(d_model, inner), (d_model, inner), (d_model, inner), (inner, d_model)]
+
     def cache_width(self) -> int:
         return 2 * self.n_heads * self.d_head
 
@@ -107,6 +112,10 @@ class SwitchHeadSpec(Spec):
             "attn_select": 2 * self.n_experts * d_model,
         }
 
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps: queries and keys."""
+        return [(d_model, self.n_heads * self.d_head)] * 2
+
     def cache_width(self) -> int:
         return 2 * self.n_heads * self.d_head
 
@@ -163,6 +172,10 @@ class MixtureOfAttentionSpec(Spec):
 
     def paper_macs(self, d_model: int, seq_len: int) -> dict[str, int]:
         raise ValueError("the published formula is undefined for mixer kind mixture_of_attention")
+
+    def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of the dense linear maps: keys and values."""
+        return [(d_model, self.d_expert)] * 2
 
     def cache_width(self) -> int:
         return 2 * self.d_expert

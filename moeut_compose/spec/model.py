@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from moeut_compose.spec.base import Count, Spec
 from moeut_compose.spec.norms import LayerNormSpec, NormSpec
 from moeut_compose.spec.positions import PositionSpec, RopeSpec
+from moeut_compose.spec.loops import LoraSpec
 from moeut_compose.spec.stages import LayerSpec, StageSpec
 
 
@@ -38,15 +39,40 @@ class Member(NamedTuple):
     norm: NormSpec
     position: PositionSpec
     applications: int
+    has_own_norms: bool = False
+    """Whether every application has norms of its own."""
+    lora: LoraSpec | None = None
 
     def num_params(self, d_model: int) -> int:
-        norms = 2 * self.norm.num_params(d_model)
-        return norms + self.layer.mixer.num_params(d_model, self.position) + self.layer.feedforward.num_params(d_model)
+        mixer = self.layer.mixer.num_params(d_model, self.position)
+        return mixer + self.layer.feedforward.num_params(d_model) + self._norm_and_lora_params(d_model)
 
     def active_params(self, d_model: int) -> int:
-        norms = 2 * self.norm.num_params(d_model)
+        """What one token reads, each number once."""
+        return self._active_blocks(d_model) + self._norm_and_lora_params(d_model)
+
+    def unrolled_params(self, d_model: int) -> int:
+        """What one token reads, counted as often as it is read."""
+        once = 2 * self.norm.num_params(d_model) + sum(self.lora_macs(d_model).values())
+        return self.applications * (self._active_blocks(d_model) + once)
+
+    def lora_macs(self, d_model: int) -> dict[str, int]:
+        """Multiply-accumulates of the low-rank changes in one application: as many as they have parameters."""
+        if self.lora is None:
+            return {}
+        return {
+            "attn_proj": self.lora.num_params(self.layer.mixer.linear_shapes(d_model)),
+            "ffn": self.lora.num_params(self.layer.feedforward.linear_shapes(d_model)),
+        }
+
+    def _active_blocks(self, d_model: int) -> int:
         mixer = self.layer.mixer.active_params(d_model, self.position)
-        return norms + mixer + self.layer.feedforward.active_params(d_model)
+        return mixer + self.layer.feedforward.active_params(d_model)
+
+    def _norm_and_lora_params(self, d_model: int) -> int:
+        n_norms = 2 * (self.applications if self.has_own_norms else 1)
+        lora = self.applications * sum(self.lora_macs(d_model).values())
+        return n_norms * self.norm.num_params(d_model) + lora
 
 
 class ModelSpec(Spec):
@@ -94,6 +120,8 @@ class ModelSpec(Spec):
                     norm=layer.norm or self.norm,
                     position=layer.mixer.position or self.position,
                     applications=stage.repeats,
+                    has_own_norms=stage.norms == "per_repeat",
+                    lora=stage.lora,
                 )
 
     def embedding_params(self) -> int:
@@ -108,8 +136,8 @@ class ModelSpec(Spec):
 
     def layer_params(self) -> int:
         """Parameters of all stages, each shared layer once."""
-        halting = sum(stage.halting.num_params(self.d_model) for stage in self.stages)
-        return halting + sum(member.num_params(self.d_model) for member in self.members())
+        outside = sum(stage.own_params(self.d_model) for stage in self.stages)
+        return outside + sum(member.num_params(self.d_model) for member in self.members())
 
     def num_params(self) -> int:
         return self.embedding_params() + self.layer_params() + self.final_norm_params() + self.head_params()

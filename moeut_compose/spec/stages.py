@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from moeut_compose.spec.base import Count, Spec
 from moeut_compose.spec.feedforwards import FeedForwardSpec
 from moeut_compose.spec.halting import HaltingSpec, NoHaltingSpec
+from moeut_compose.spec.loops import InjectionSpec, LoraSpec, NoInjectionSpec, NoStepSpec, StepSpec
 from moeut_compose.spec.mixers import MixerSpec
 from moeut_compose.spec.norms import NormSpec
 
@@ -37,11 +38,23 @@ class StageSpec(Spec):
     """Passes over the group; depth = repeats x number of members."""
     layers: Annotated[list[LayerSpec], Field(min_length=1)]
     halting: HaltingSpec = NoHaltingSpec()
+    inject: InjectionSpec = NoInjectionSpec()
+    """How the stage's input enters every pass again."""
+    step: StepSpec = NoStepSpec()
+    """What is added to the state at the beginning of every pass."""
+    lora: LoraSpec | None = None
+    """A low-rank change of the linear maps for each pass."""
+    norms: Literal["shared", "per_repeat"] = "shared"
+    """Whether the norms of a layer are the same in all passes, or each pass has its own."""
 
     @model_validator(mode="after")
-    def _halting_fits(self) -> Self:
-        if self.halting.kind != "none" and self.pattern == "AABB" and self.n_members > 1:
-            raise ValueError("halting counts passes over the group, and pattern AABB makes none; use ABAB")
+    def _passes_exist(self) -> Self:
+        if self.pattern == "AABB" and self.n_members > 1:
+            for field, spec in (("halting", self.halting), ("inject", self.inject), ("step", self.step)):
+                if spec.kind != "none":
+                    raise ValueError(
+                        f"{field} acts between passes over the group; pattern AABB makes none, use ABAB"
+                    )
         return self
 
     @property
@@ -51,6 +64,24 @@ class StageSpec(Spec):
     @property
     def depth(self) -> int:
         return self.repeats * self.n_members
+
+    def own_params(self, d_model: int) -> int:
+        """Parameters of the stage itself, outside its layers."""
+        parts = self.halting.num_params(d_model) + self.inject.num_params(d_model)
+        return parts + self.step.num_params(d_model, self.repeats)
+
+    def own_unrolled_params(self, d_model: int) -> int:
+        """The same, counted as often as they are read."""
+        calls = (self.repeats - 1) * (self.halting.num_params(d_model) + self.inject.num_params(d_model))
+        return calls + self.step.num_params(d_model, self.repeats)
+
+    def own_macs(self, d_model: int) -> dict[str, int]:
+        """Multiply-accumulates per token of the stage itself, over all passes."""
+        later = (self.repeats - 1) * (2 if self.halting.has_mixture else 1)
+        return {
+            "act_gate": self.halting.macs(d_model, self.repeats),
+            "injection": self.inject.macs(d_model, n_later=later),
+        }
 
     def members(self) -> list[LayerSpec]:
         """One entry for every set of weights, in the order of the group."""
