@@ -11,6 +11,7 @@ from moeut_compose.cli.browse import ls, show
 from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.failures import Commands
 from moeut_compose.cli.run import evaluate, generate, train
+from moeut_compose.cli.versus import compare, match
 
 app = typer.Typer(
     name="moeut-compose",
@@ -45,10 +46,11 @@ def main(
     - `moeut-compose ls`
     - `moeut-compose show moeut_tiny --tree`
     - `moeut-compose params dense_244m moeut_244m`
+    - `moeut-compose match moeut_244m --to dense_244m --by params`
     - `moeut-compose train moeut_tiny --recipe quickstart`
     - `moeut-compose generate runs/... --prompt "The sea"`
     """
 
 
-for command in (ls, show, new, validate, schema, params, macs, train, evaluate, generate):
+for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
     app.command()(command)

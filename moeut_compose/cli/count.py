@@ -99,9 +99,12 @@ def _count(model: ModelSpec, seq_len: int | None, convention: Convention) -> Mac
 
 
 def _trace(model: ModelSpec, seq_len: int | None) -> dict[str, int]:
-    from moeut_compose.measure.trace import trace_macs
+    from moeut_compose.measure.trace import UncountedOperator, trace_macs
 
-    return trace_macs(model, seq_len).by_module
+    try:
+        return trace_macs(model, seq_len).by_module
+    except UncountedOperator as error:
+        raise failed(f"{model.name}: {error}") from None
 
 
 def _components(counts: Sequence[MacCount]) -> list[str]:

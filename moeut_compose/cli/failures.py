@@ -4,7 +4,11 @@
 """
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -51,6 +55,19 @@ class Commands(TyperGroup):
             complain(f"error: {describe_os_error(error)}")
             raise typer.Exit(FAILED) from None
         return result
+
+
+@contextmanager
+def leaving_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: while torch is imported, an exception could come out as any other."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def describe_os_error(error: OSError) -> str:

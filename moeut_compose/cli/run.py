@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeut_compose.cli.arguments import JsonOption, OverridesArgument, check_overrides
-from moeut_compose.cli.failures import wrong_usage
+from moeut_compose.cli.failures import leaving_on_interrupt, wrong_usage
 from moeut_compose.cli.output import print_json
 from moeut_compose.spec.find import NotFound, did_you_mean, nearest
 from moeut_compose.spec.io import is_override, load_recipe, load_spec, split_overrides
@@ -78,6 +78,7 @@ def train(
         out = Path(spec)
     architecture = load_spec(spec if spec is not None else str(way), architecture_changes)
     chosen_recipe = load_recipe(recipe or _earlier_recipe(out, way), recipe_changes)
+    _import_torch()
     place = _device(device)
     if dry_run:
         _print_plan(architecture, chosen_recipe, place, as_json=as_json)
@@ -89,6 +90,7 @@ def _earlier_recipe(out: Path | None, resume: "Resume") -> str:
     """The recipe of the run that is gone on with, or the default one."""
     if out is None and not isinstance(resume, Path):
         return DEFAULT_RECIPE
+    _import_torch()
     from moeut_compose.train.folder import resume_folder
 
     return str(resume_folder(out, resume) or DEFAULT_RECIPE)
@@ -171,6 +173,7 @@ def evaluate(
     unknown = [task for task in tasks.split(",") if task not in TASKS]
     if unknown:
         raise wrong_usage(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}")
+    _import_torch()
     path = _run_folder(run)
     from moeut_compose.evaluate.perplexity import evaluate_run
     from moeut_compose.progress import make_reporter
@@ -209,6 +212,7 @@ def generate(
 
     - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
     """
+    _import_torch()
     path = _run_folder(run)
     from moeut_compose.generate import generate as write
 
@@ -239,6 +243,12 @@ def generate(
         )
     else:
         print()
+
+
+def _import_torch() -> None:
+    """The slow part of every command here."""
+    with leaving_on_interrupt():
+        import torch  # noqa: F401
 
 
 def _say(text: str) -> None:

@@ -182,7 +182,11 @@ def _unknown_kind(error: _Located) -> Problem:
     kinds = error.shape.kinds()
     node = error.node
     entry = node.entries.get("kind") if isinstance(node, MapNode) else None
-    written = entry.node.text if entry is not None and isinstance(entry.node, Scalar) else "a value"
+    written = (
+        entry.node.text
+        if entry is not None and isinstance(entry.node, Scalar)
+        else "written as a map or list"
+    )
     near = nearest(written, kinds, n=1)
     choices = f"one of {', '.join(kinds)}"
     message = f"unknown kind {written}" + (f"{did_you_mean(near)} ({choices})" if near else f"; {choices}")

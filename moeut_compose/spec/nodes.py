@@ -165,14 +165,20 @@ def _lay_over_list(
     items: list[Node | None] = list(base.items)
     for key, entry in patch.entries.items():
         if not key.isdecimal() or int(key) >= len(items):
-            count = f"{len(items)} item{'s' if len(items) != 1 else ''}"
-            reason = f"{dotted(path)} is a list of {count}; reach them by number, from 0 to {len(items) - 1}"
+            reason = f"{dotted(path)} is {_size(len(items))}"
             problems.append(Problem.at(entry.key_place, dotted((*path, key)), reason))
             continue
         index = int(key)
         node = lay_over(items[index], entry.node, shape.item(), (*path, index), problems)
         items[index] = None if is_null(node) else node
     return ListNode(tuple(item for item in items if item is not None), base.place)
+
+
+def _size(n_items: int) -> str:
+    if n_items == 0:
+        return "an empty list; give it whole"
+    items = "1 item" if n_items == 1 else f"{n_items} items"
+    return f"a list of {items}; reach them by number, from 0 to {n_items - 1}"
 
 
 def _reachable(base: Node | None, patch: Reach, shape: Shape) -> Node | None:

@@ -220,6 +220,7 @@ def test_every_problem_of_every_file_is_told_once_and_where_it_stands() -> None:
         ("name: a\nparts: [{q: 1}]", "toy.yaml:2:10: parts.0.q: unknown key; known here: n, label, tags"),
         ("name: a\nversion: 2", "toy.yaml:2:10: version: 2 is not a version that this release reads; it reads 1"),
         ("name: a\nsize.x: 2", "toy.yaml:2:1: size: expected a whole number, got a map"),
+        ("name: a\nparts: []\nparts.0.n: 2", "toy.yaml:3:1: parts.0: parts is an empty list; give it whole"),
         ("name: a\nsize: 3\nsize.x: 2", "toy.yaml:3:1: size: is 3 here, and has no keys"),
         ("name: a\nparts.3.n: 2", "toy.yaml:2:1: parts.3: parts is a list of 1 item; reach them by number, from 0 to 0"),
         ("name: a\nparts.x.n: 2", "toy.yaml:2:1: parts.x: parts is a list of 1 item; reach them by number, from 0 to 0"),

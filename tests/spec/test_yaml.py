@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeut_compose.spec.nodes import ListNode, MapNode, Scalar, plain
 from moeut_compose.spec.problems import Place
@@ -163,3 +165,15 @@ def test_an_empty_value_is_null() -> None:
     assert isinstance(node, Scalar)
     assert node.value is None
     assert problems == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(st.binary(max_size=60), st.text("{}[]:,-'\"*&!|>#%@ \n\tab0.~<?", max_size=60).map(str.encode))
+)
+def test_no_bytes_at_all_raise(content: bytes) -> None:
+    document = parse_document(content, "a.yaml")
+    assert document.root is not None or document.problems
+    for problem in document.problems:
+        assert str(problem).startswith("a.yaml")
+        assert "\n" not in str(problem)
