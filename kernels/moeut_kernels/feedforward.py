@@ -6,7 +6,6 @@ D2 model width out. Source: sigma-MoE, arXiv:2310.10837.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch

@@ -28,9 +28,9 @@ class Plan:
 
     index: [N, H, K] chosen experts. slots: int32 [S], slots in expert order, stable. position: int32 [S], the inverse:
     where a slot lies in expert order. offsets: int32 [E + 1], first row of each expert. The rest serves Triton and is
-    empty elsewhere: tiles: int32 [T, 3], two tables of row tiles (expert or -1, first row, end of the expert), of 128
-    and of 2048 rows. items: int32 [N·H], (token, group) items ordered by their pair of experts, where K = 2.
-    pair_tiles: int32 [T', 3], the row tiles of the pairs.
+    empty elsewhere: tiles: int32 [T, 4], two tables of row tiles (expert twice or -1, first row, end of the expert), of
+    128 and of 2048 rows. items: int32 [N·H], (token, group) items ordered by their pair of experts, where K = 2.
+    pair_tiles: int32 [T', 4], the row tiles of the pairs (lower and higher expert, first item, end of the pair).
     """
 
     index: Tensor
@@ -56,20 +56,27 @@ class Plan:
         return self.items, self.pair_tiles
 
 
-def plan(index: Tensor, n_experts: int) -> Plan:
+def plan(index: Tensor, n_experts: int, *, disjoint: bool = False) -> Plan:
     """Group the slots of a routing by expert, on the device, without a host synchronisation on CUDA.
 
     index: [N, H, K] integers in [0, n_experts); other values are an error on CPU and undefined behaviour on CUDA.
-    Raises `ValueError` for a wrong rank or dtype, or fewer than one expert.
+    disjoint: every group has experts of its own, group h those of [h · n_experts / H, (h + 1) · n_experts / H), as the
+    heads of SwitchHead do; it only makes the pairs fewer. Raises `ValueError` for a wrong rank or dtype, fewer than
+    one expert, or disjoint groups that do not share the experts evenly.
     """
-    if not torch.jit.is_tracing():
-        if index.dim() != 3:
-            raise ValueError(f"index must be [N, H, K], got shape {tuple(index.shape)}")
-        if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-            raise ValueError(f"index must hold integers, got dtype {index.dtype}")
-        if n_experts < 1:
-            raise ValueError(f"n_experts={n_experts} must be at least 1")
-    return Plan(index, *torch.ops.moeut.plan(index, n_experts, resolve(index)))
+    if torch.jit.is_tracing():
+        return Plan(index, *torch.ops.moeut.plan(index, n_experts, n_experts, resolve(index)))
+    if index.dim() != 3:
+        raise ValueError(f"index must be [N, H, K], got shape {tuple(index.shape)}")
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise ValueError(f"index must hold integers, got dtype {index.dtype}")
+    if n_experts < 1:
+        raise ValueError(f"n_experts={n_experts} must be at least 1")
+    n_groups = index.shape[1]
+    if disjoint and n_experts % n_groups:
+        raise ValueError(f"n_experts={n_experts} must be a multiple of the {n_groups} disjoint groups")
+    n_local = n_experts // n_groups if disjoint else n_experts
+    return Plan(index, *torch.ops.moeut.plan(index, n_experts, n_local, resolve(index)))
 
 
 def n_tiles(n_slots: int, n_experts: int, rows: int = TILE_ROWS) -> int:
@@ -77,13 +84,13 @@ def n_tiles(n_slots: int, n_experts: int, rows: int = TILE_ROWS) -> int:
     return n_slots // rows + min(n_experts, n_slots)
 
 
-def n_pairs(index: Tensor, n_experts: int, backend: str) -> int:
+def n_pairs(index: Tensor, n_experts: int, n_local: int, backend: str) -> int:
     """Number of unordered pairs of experts if items are to be grouped by pair, else 0.
 
     With two choices per (token, group) both experts' products belong to the same input and output row: a program that
     does both gathers once and writes once.
     """
-    pairs = n_experts * (n_experts + 1) // 2
+    pairs = n_experts // n_local * (n_local * (n_local + 1) // 2)
     return (
         pairs
         if backend == "triton" and index.shape[1] > 1 and index.shape[2] == 2 and pairs <= MOST_PAIRS
@@ -94,13 +101,14 @@ def n_pairs(index: Tensor, n_experts: int, backend: str) -> int:
 @torch.library.custom_op(
     "moeut::plan",
     mutates_args=(),
-    schema="(Tensor index, int n_experts, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor index, int n_experts, int n_local, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _plan(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
+def _plan(index: Tensor, n_experts: int, n_local: int, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton":
         from moeut_kernels import triton_routing
 
-        return triton_routing.plan(index, n_experts, n_pairs(index, n_experts, backend))
+        return triton_routing.plan(index, n_experts, n_local, n_pairs(index, n_experts, n_local, backend))
     flat = index.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n_experts:
         raise ValueError(f"index holds values outside [0, {n_experts})")
@@ -109,13 +117,13 @@ def _plan(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
     position[slots] = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
     offsets = torch.zeros(n_experts + 1, dtype=torch.int32, device=flat.device)
     torch.cumsum(torch.bincount(flat, minlength=n_experts), 0, dtype=torch.int32, out=offsets[1:])
-    none = (offsets.new_empty(shape) for shape in ((0, 3), (0,), (0, 3)))
+    none = (offsets.new_empty(shape) for shape in ((0, 4), (0,), (0, 4)))
     return slots.int(), position, offsets, *none
 
 
 @_plan.register_fake
-def _(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
-    n_slots, pairs = index.numel(), n_pairs(index, n_experts, backend)
+def _(index: Tensor, n_experts: int, n_local: int, backend: str) -> tuple[Tensor, ...]:
+    n_slots, pairs = index.numel(), n_pairs(index, n_experts, n_local, backend)
     n_items = n_slots // 2 if pairs else 0
     n_entries = 0
     if backend == "triton":
@@ -124,8 +132,8 @@ def _(index: Tensor, n_experts: int, backend: str) -> tuple[Tensor, ...]:
         (n_slots,),
         (n_slots,),
         (n_experts + 1,),
-        (n_entries, 3),
+        (n_entries, 4),
         (n_items,),
-        (n_tiles(n_items, pairs), 3),
+        (n_tiles(n_items, pairs), 4),
     )
     return tuple(index.new_empty(shape, dtype=torch.int32) for shape in shapes)

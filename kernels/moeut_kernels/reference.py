@@ -43,7 +43,7 @@ def grouped_rows(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str) ->
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Sum of outer products over the rows of each expert: left [S, D], right [S, F] -> [E, D, F]. Empty experts: zero."""
+    """Sum of outer products over each expert's rows: left [S, D], right [S, F] -> [E, D, F]. Empty experts: zero."""
     if left.dtype == torch.float16 and left.device.type == "cpu":
         return grouped_outer(left.float(), right.float(), offsets, backend).half()
     if backend == "grouped_mm" and _grouped_mm_takes(left, right):
@@ -57,7 +57,10 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
 
 
 def gather_sum(rows: Tensor, position: Tensor, gate: Tensor | None = None) -> Tensor:
-    """out[o] = sum_j gate[o, j] · rows[position[o, j]]: rows [R, D], position and gate [O, J] -> [O, D], summed in at least float32."""
+    """out[o] = sum_j gate[o, j] · rows[position[o, j]]: rows [R, D], position and gate [O, J] -> [O, D].
+
+    Sums in float32 or wider.
+    """
     if position.numel() == 0 or rows.shape[1] == 0:
         return rows.new_zeros(position.shape[0], rows.shape[1])
     if rows.dtype in (torch.float32, torch.float64):

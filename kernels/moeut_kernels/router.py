@@ -1,4 +1,4 @@
-"""Router-side ops: the chosen experts and their gates from logits, and logits whose product is fast at any expert count."""
+"""Router-side ops: chosen experts and their gates from logits, and logits that are fast for any number of experts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn.functional import linear, pad
 from moeut_kernels.backend import resolve
 
 ALIGNMENT = 8
-"""Columns of logits are padded to a multiple of this on CUDA: cuBLAS is 5 to 8 times slower on an odd number of columns."""
+"""Logits are padded to a multiple of this many columns on CUDA: cuBLAS is several times slower on an odd number."""
 
 
 def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def topk_sigmoid(logits: Tensor, top_k: int, n_experts: int | None = None) -> tu
 
 
 def topk_softmax(logits: Tensor, top_k: int, n_experts: int | None = None) -> tuple[Tensor, Tensor]:
-    """The `top_k` largest logits of each row and a softmax over those, in descending order. Arguments as `topk_sigmoid`."""
+    """The `top_k` largest logits of each row and a softmax over those. Arguments and order as `topk_sigmoid`."""
     return _topk(logits, top_k, n_experts, "softmax")
 
 

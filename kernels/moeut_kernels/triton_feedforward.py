@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeut_kernels import activation as activations
 from moeut_kernels.plan import TILE_ROWS, n_tiles
+from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import (
     accumulate,
     activate,
@@ -133,6 +134,8 @@ def backward_hidden(
     gated = activations.is_gated(activation)
     d_pre = torch.empty(n_slots, 2 * width if gated else width, dtype=grad.dtype, device=grad.device)
     t = tile("gather_backward", grad)
+    if pre.numel() or depth % t.depth or width % t.columns:
+        t = tile("gather_backward_heavy", grad)
     n_columns, n_depth = block(width, t.columns), block(depth, t.depth)
     n_parts = triton.cdiv(width, n_columns)
     dots = torch.empty(n_parts, n_slots, dtype=torch.float32, device=grad.device)
@@ -177,26 +180,28 @@ def backward(
     )
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
     n_tokens, _, top_k = index.shape
-    d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in wants)
-    if want_down:
-        d_down = weight_gradient(
-            hidden, grad, slots, offsets, per_left=None, per_right=top_k, dtype=dtypes[1]
-        )
+    d_x, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in range(4))
+    d_up = torch.empty(up.shape if want_up else 0, dtype=dtypes[0], device=x.device)
+    d_down = torch.empty(down.shape if want_down else 0, dtype=dtypes[1], device=x.device)
     if want_x or want_up or want_gate or want_b_up:
         d_pre, dots = backward_hidden(grad, down, gate, hidden, pre, slots, tiles, top_k, activation)
-        if want_gate:
-            if b_down is not None:
-                tokens = torch.arange(n_tokens, dtype=torch.int32, device=x.device).repeat_interleave(top_k)
-                dots = row_dots(b_down.contiguous(), grad, index.reshape(-1), tokens, dots)
-            d_gate = dots.view(gate.shape).to(gate.dtype)
+    if want_x:
+        products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
+    with beside(x.device):
+        if want_down:
+            weight_gradient(hidden, grad, slots, offsets, per_left=None, per_right=top_k, out=d_down)
         if want_up:
-            d_up = weight_gradient(x, d_pre, slots, offsets, per_left=top_k, per_right=None, dtype=dtypes[0])
-        if want_x:
-            d_x = gather_sum(
-                ordered_rows(d_pre, up, slots, tiles, transposed=True), position, n_tokens, top_k
-            )
-        if want_b_up:
-            d_b_up = segment_sum(d_pre, slots, offsets, per_row=None, dtype=b_up.dtype)
+            weight_gradient(x, d_pre, slots, offsets, per_left=top_k, per_right=None, out=d_up)
+    if want_x:
+        d_x = gather_sum(products, position, n_tokens, top_k)
+    if want_gate:
+        if b_down is not None:
+            tokens = torch.arange(n_tokens, dtype=torch.int32, device=x.device).repeat_interleave(top_k)
+            dots = row_dots(b_down.contiguous(), grad, index.reshape(-1), tokens, dots)
+        d_gate = dots.view(gate.shape).to(gate.dtype)
+    if want_b_up:
+        d_b_up = segment_sum(d_pre, slots, offsets, per_row=None, dtype=b_up.dtype)
     if want_b_down:
         d_b_down = segment_sum(grad, slots, offsets, per_row=top_k, dtype=b_down.dtype, gate=gate)
+    join(x.device)
     return d_x, d_up, d_down, d_gate, d_b_up, d_b_down

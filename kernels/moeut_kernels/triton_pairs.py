@@ -18,27 +18,12 @@ WIDEST_NARROW = 128
 
 
 @triton.jit
-def _first_pair(low, n_experts):
-    return low * (2 * n_experts - low + 1) // 2
-
-
-@triton.jit
-def _experts_of(pair, n_experts):
-    """The two experts of a pair by its rank: (0,0), (0,1) ... (1,1), (1,2) ... The root is corrected for rounding."""
-    twice = (2 * n_experts + 1).to(tl.float32)
-    low = ((twice - tl.sqrt(twice * twice - 8 * pair.to(tl.float32))) * 0.5).to(tl.int32)
-    low = tl.where(_first_pair(low, n_experts) > pair, low - 1, low)
-    low = tl.where(_first_pair(low + 1, n_experts) <= pair, low + 1, low)
-    return low.to(tl.int64), (pair - _first_pair(low, n_experts) + low).to(tl.int64)
-
-
-@triton.jit
 def _items_of(table, items, index, program, SPLIT: tl.constexpr, ROWS: tl.constexpr):
-    """Pair, items, their slots with the lower and the higher expert, and which rows exist."""
-    entry = table + 3 * (program // SPLIT)
-    pair = tl.load(entry)
-    first = tl.load(entry + 1) + program % SPLIT * ROWS
-    stop = tl.where(pair < 0, first, tl.load(entry + 2))
+    """Both experts, the items, their slots with the lower and the higher expert, and which rows exist."""
+    entry = table + 4 * (program // SPLIT)
+    low, high = tl.load(entry), tl.load(entry + 1)
+    first = tl.load(entry + 2) + program % SPLIT * ROWS
+    stop = tl.where(low < 0, first, tl.load(entry + 3))
     row = first + tl.arange(0, ROWS)
     here = row < stop
     item = tl.load(items + row, mask=here, other=0)
@@ -46,7 +31,8 @@ def _items_of(table, items, index, program, SPLIT: tl.constexpr, ROWS: tl.conste
         index + 2 * item + 1, mask=here, other=0
     )
     low_slot = 2 * item + swapped.to(tl.int32)
-    return pair, item, low_slot, 2 * item + 1 - swapped.to(tl.int32), here, first < stop
+    high_slot = 2 * item + 1 - swapped.to(tl.int32)
+    return low.to(tl.int64), high.to(tl.int64), item, low_slot, high_slot, here, first < stop
 
 
 @triton.jit
@@ -59,7 +45,7 @@ def _load_gate(gate, slot, here, GATES: tl.constexpr):
 @triton.jit
 def _pair_narrow(
     rows, weight, gate, other, out, products, dots, ordered, items, index, position, table,
-    per_row, n_experts, depth, width, stride_depth, stride_width,
+    per_row, depth, width, stride_depth, stride_width,
     GATES: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -68,10 +54,11 @@ def _pair_narrow(
     KEEP writes both products by slot. BACKWARD (of a merge, `other` its input) also writes the gate gradients and
     gate · other in expert order.
     """
-    pair, item, slot1, slot2, here, some = _items_of(table, items, index, tl.program_id(0), SPLIT, ROWS)
+    expert1, expert2, item, slot1, slot2, here, some = _items_of(
+        table, items, index, tl.program_id(0), SPLIT, ROWS
+    )
     if not some:
         return
-    expert1, expert2 = _experts_of(pair, n_experts)
     n = tl.arange(0, COLUMNS)
     mask = here[:, None] if EVEN_WIDTH else here[:, None] & (n < width)[None, :]
     out_at = item.to(tl.int64)[:, None] * width + n[None, :]
@@ -123,7 +110,7 @@ def _pair_narrow(
 @triton.jit
 def _pair_wide(
     rows, weight, gate, products, out, dots, ordered, items, index, position, table,
-    n_experts, depth, width, stride_depth, stride_width,
+    depth, width, stride_depth, stride_width,
     GATES: tl.constexpr, BACKWARD: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -132,10 +119,11 @@ def _pair_wide(
     BACKWARD (of a split, `rows` its output gradient, `products` what it kept) also writes the gate gradients and
     gate · rows in expert order.
     """
-    pair, item, slot1, slot2, here, some = _items_of(table, items, index, tl.program_id(1), SPLIT, ROWS)
+    expert1, expert2, item, slot1, slot2, here, some = _items_of(
+        table, items, index, tl.program_id(1), SPLIT, ROWS
+    )
     if not some:
         return
-    expert1, expert2 = _experts_of(pair, n_experts)
     k = tl.arange(0, DEPTH)
     deep = k < depth
     mask = here[:, None] if EVEN_DEPTH else here[:, None] & deep[None, :]
@@ -164,7 +152,7 @@ def _pair_wide(
             total.to(out.dtype.element_ty),
             mask=out_mask,
         )
-    if BACKWARD:
+    if BACKWARD:  # noqa: SIM102 - this is known when the kernel is compiled, the next when it runs
         if tl.program_id(0) == 0:
             x = a.to(tl.float32)
             if GATES:
@@ -184,8 +172,8 @@ def _pair_wide(
 
 
 def narrow(
-    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor, pair_tiles: Tensor,
-    *, per_row: int, n_experts: int, transposed: bool = False, keep: bool = False, other: Tensor | None = None,
+    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor,
+    pair_tiles: Tensor, *, per_row: int, transposed: bool = False, keep: bool = False, other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Many columns to few: (sums [items, F], products by slot, gate gradients by slot, gate · other in expert order).
 
@@ -198,14 +186,14 @@ def narrow(
     out, products = new(n_items, width), new((2 * n_items, width) if keep else 0)
     dots = new(0 if other is None else 2 * n_items, dtype=torch.float32)
     ordered = new(0 if other is None else (2 * n_items, width))
-    t = tile("pair_narrow", rows)
+    t = tile("pair_narrow" if other is None else "pair_narrow_backward", rows)
     columns, deep = block(width, WIDEST_NARROW), block(depth, t.depth)
     split = TILE_ROWS // t.rows
     stride_depth, stride_width = (1, depth) if transposed else (width, 1)
     if n_items:
         _pair_narrow[(pair_tiles.shape[0] * split,)](
             rows, weight, gate, other, out, products, dots, ordered, items, index, position, pair_tiles,
-            per_row, n_experts, depth, width, stride_depth, stride_width,
+            per_row, depth, width, stride_depth, stride_width,
             gate is not None, other is not None, keep, depth % deep == 0, width == columns,
             split, t.rows, columns, deep, **t.launch,
         )  # fmt: skip
@@ -213,8 +201,8 @@ def narrow(
 
 
 def wide(
-    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor, pair_tiles: Tensor,
-    *, n_experts: int, transposed: bool = False, products: Tensor | None = None,
+    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor,
+    pair_tiles: Tensor, *, transposed: bool = False, products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Few columns to many: (sums [items, F], gate gradients by slot, gate · rows in expert order).
 
@@ -234,7 +222,7 @@ def wide(
     if n_items:
         _pair_wide[(triton.cdiv(width, span), pair_tiles.shape[0] * split)](
             rows, weight, gate, products, out, dots, ordered, items, index, position, pair_tiles,
-            n_experts, depth, width, stride_depth, stride_width,
+            depth, width, stride_depth, stride_width,
             gate is not None, backward, depth == deep, width % span == 0,
             split, t.rows, columns, span, deep, **t.launch,
         )  # fmt: skip

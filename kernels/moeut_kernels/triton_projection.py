@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import triton_pairs
+from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import gather_sum, grouped_rows, row_dots, segment_sum, weight_gradient
+from moeut_kernels.triton_tiles import offers
 
 Routing = Sequence[Tensor]
 
 
 def _by_pairs(weight: Tensor, bias: Tensor | None, items: Tensor, merge: bool) -> bool:
     """Pairs need their narrow side (split: columns out, merge: columns in) in one tile, and no bias."""
-    return (
-        items.numel() > 0 and bias is None and weight.shape[1 if merge else 2] <= triton_pairs.WIDEST_NARROW
-    )
+    is_narrow = weight.shape[1 if merge else 2] <= triton_pairs.WIDEST_NARROW
+    return is_narrow and bias is None and items.numel() > 0 and offers("pair_wide", weight)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -38,16 +39,14 @@ def forward(
     """The output, and what the gate gradient of a split needs (empty unless saved). Body of both forwards."""
     x, weight, gate, bias = _contiguous(x, weight, gate, bias)
     index, slots, position, _, tiles, items, pair_tiles = _contiguous(*routing)
-    (n_tokens, n_groups, top_k), n_experts = index.shape, weight.shape[0]
+    n_tokens, n_groups, top_k = index.shape
     rows, keep = x.reshape(-1, x.shape[-1]), save and not merge
     if _by_pairs(weight, bias, items, merge):
         pairs = (gate, index, position, items, pair_tiles)
         if merge:
-            partial, _, _ = triton_pairs.wide(rows, weight, *pairs, n_experts=n_experts)
+            partial, _, _ = triton_pairs.wide(rows, weight, *pairs)
             return gather_sum(partial, None, n_tokens, n_groups), x.new_empty(0)
-        out, kept, _, _ = triton_pairs.narrow(
-            rows, weight, *pairs, per_row=n_groups, n_experts=n_experts, keep=keep
-        )
+        out, kept, _, _ = triton_pairs.narrow(rows, weight, *pairs, per_row=n_groups, keep=keep)
         return out.view(n_tokens, n_groups, -1), kept
     per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
     products, _ = grouped_rows(rows, weight, slots, tiles, per_row=per_input, bias=bias)
@@ -87,9 +86,18 @@ def backward(
     return tuple(g if wanted else grad.new_empty(0) for g, wanted in grads)
 
 
-def _split_by_pairs(grad, x, weight, dtype, gate, routing, kept, want_weight):
+def _split_by_pairs(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+    routing: Routing,
+    kept: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     index, slots, position, offsets, _, items, pair_tiles = routing
-    n_groups, n_experts = index.shape[1], weight.shape[0]
+    n_groups = index.shape[1]
     partial, dots, ordered = triton_pairs.wide(
         grad,
         weight,
@@ -98,34 +106,50 @@ def _split_by_pairs(grad, x, weight, dtype, gate, routing, kept, want_weight):
         position,
         items,
         pair_tiles,
-        n_experts=n_experts,
         transposed=True,
         products=kept,
     )
-    d_weight = None
-    if want_weight:
-        d_weight = weight_gradient(
-            x, ordered, slots, offsets, per_left=2 * n_groups, per_right=None, dtype=dtype
-        )
-    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots
-
-
-def _merge_by_pairs(grad, x, weight, dtype, gate, routing, kept, want_weight):
-    index, slots, position, offsets, _, items, pair_tiles = routing
-    n_groups, n_experts = index.shape[1], weight.shape[0]
-    pairs = (gate, index, position, items, pair_tiles)
-    d_x, _, dots, ordered = triton_pairs.narrow(
-        grad, weight, *pairs, per_row=n_groups, n_experts=n_experts, transposed=True, other=x
-    )
-    d_weight = None
-    if want_weight:
-        d_weight = weight_gradient(
-            ordered, grad, slots, offsets, per_left=None, per_right=2 * n_groups, dtype=dtype
-        )
+    d_weight = torch.empty(weight.shape if want_weight else 0, dtype=dtype, device=x.device)
+    with beside(x.device):
+        weight_gradient(x, ordered, slots, offsets, per_left=2 * n_groups, per_right=None, out=d_weight)
+    d_x = gather_sum(partial, None, x.shape[0], n_groups)
+    join(x.device)
     return d_x, d_weight, dots
 
 
-def _by_slots(merge, grad, x, weight, dtype, gate, bias, routing, kept, wants):
+def _merge_by_pairs(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+    routing: Routing,
+    kept: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index, slots, position, offsets, _, items, pair_tiles = routing
+    n_groups = index.shape[1]
+    pairs = (gate, index, position, items, pair_tiles)
+    d_x, _, dots, ordered = triton_pairs.narrow(
+        grad, weight, *pairs, per_row=n_groups, transposed=True, other=x
+    )
+    d_weight = torch.empty(weight.shape if want_weight else 0, dtype=dtype, device=x.device)
+    weight_gradient(ordered, grad, slots, offsets, per_left=None, per_right=2 * n_groups, out=d_weight)
+    return d_x, d_weight, dots
+
+
+def _by_slots(
+    merge: bool,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    routing: Routing,
+    kept: Tensor,
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     index, slots, position, offsets, tiles, *_ = routing
     _, n_groups, top_k = index.shape
     per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
@@ -136,8 +160,9 @@ def _by_slots(merge, grad, x, weight, dtype, gate, bias, routing, kept, wants):
     if want_x:
         d_x = gather_sum(back, position, x.shape[0], per_input, gate)
     if want_weight:
-        d_weight = weight_gradient(
-            x, grad, slots, offsets, per_left=per_input, per_right=per_output, dtype=dtype, gate=gate
+        d_weight = torch.empty(weight.shape, dtype=dtype, device=x.device)
+        weight_gradient(
+            x, grad, slots, offsets, per_left=per_input, per_right=per_output, gate=gate, out=d_weight
         )
     if want_gate:
         slot = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)

@@ -1,4 +1,4 @@
-"""Routing preparation on the device: a stable counting sort, tile tables, and top-k of a router; no host synchronisation.
+"""Routing preparation on the device, without host synchronisation: a stable counting sort, tile tables, and top-k.
 
 The sort is three kernels and one scan: counts of each group in each block of slots, their running sum, and the place of
 every slot. Nothing is atomic, so the order repeats. Legend: S slots, G groups (experts, or pairs of experts).
@@ -14,58 +14,57 @@ from moeut_kernels.triton_tiles import interpreted
 
 
 @triton.jit
-def _key(index, slot, mask, n_experts, other, PAIRS: tl.constexpr):
-    """Group of a slot: its expert; with PAIRS the rank of its unordered pair of experts, (0,0), (0,1) ... (1,1), (1,2) ..."""
+def _first_pair(low, n_local):
+    return low * (2 * n_local - low + 1) // 2
+
+
+@triton.jit
+def _key(index, slot, mask, n_local, other, PAIRS: tl.constexpr):
+    """Group of a slot: its expert. With PAIRS the rank of an item's unordered pair: (0,0), (0,1) ... (1,1), (1,2) ...
+
+    Pairs lie within blocks of n_local experts; ranks go on from block to block.
+    """
     if PAIRS:
         first = tl.load(index + 2 * slot, mask=mask, other=0).to(tl.int32)
         second = tl.load(index + 2 * slot + 1, mask=mask, other=0).to(tl.int32)
         low = tl.minimum(first, second)
-        key = low * (2 * n_experts - low + 1) // 2 + tl.maximum(first, second) - low
+        higher = tl.maximum(first, second) - low
+        base = low // n_local
+        key = base * (n_local * (n_local + 1) // 2) + _first_pair(low - base * n_local, n_local) + higher
         return tl.where(mask, key, other)
     return tl.load(index + slot, mask=mask, other=other).to(tl.int32)
 
 
 @triton.jit
 def _count(
-    index,
-    counts,
-    n_slots,
-    n_experts,
-    n_groups,
-    n_blocks,
-    PAIRS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    index, counts, n_slots, n_local, n_groups, n_blocks,
+    PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """counts[g, b]: how many slots of block b belong to group g."""
     b = tl.program_id(0)
     slot = b * BLOCK + tl.arange(0, BLOCK)
-    key = _key(index, slot, slot < n_slots, n_experts, n_groups, PAIRS)
+    key = _key(index, slot, slot < n_slots, n_local, n_groups, PAIRS)
     g = tl.arange(0, GROUPS)
     tl.store(counts + g.to(tl.int64) * n_blocks + b, tl.histogram(key, GROUPS), mask=g < n_groups)
 
 
 @triton.jit
 def _place(
-    index,
-    counts,
-    ends,
-    slots,
-    position,
-    n_slots,
-    n_experts,
-    n_groups,
-    n_blocks,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    index, counts, ends, slots, position, n_slots, n_local, n_groups, n_blocks,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Place of a slot: where its (group, block) starts, plus its rank among equals in the block."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     slot = b * BLOCK + i
     mask = slot < n_slots
-    key = _key(index, slot, mask, n_experts, n_groups, PAIRS)
-    rank = tl.sum(((key[:, None] == key[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    key = _key(index, slot, mask, n_local, n_groups, PAIRS)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, BLOCK, STEP):
+        j = at + tl.arange(0, STEP)
+        earlier = b * BLOCK + j
+        other = _key(index, earlier, earlier < n_slots, n_local, n_groups, PAIRS)
+        rank += tl.sum(((key[:, None] == other[None, :]) & (j[None, :] < i[:, None])).to(tl.int32), 1)
     cell = key.to(tl.int64) * n_blocks + b
     start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
     place = start + rank
@@ -74,18 +73,25 @@ def _place(
 
 
 @triton.jit
+def _experts_of(group, n_local, PAIRS: tl.constexpr):
+    """Lower and higher expert of a group: the inverse of `_key`. The root is corrected for its rounding."""
+    if not PAIRS:
+        return group, group
+    n_pairs = n_local * (n_local + 1) // 2
+    base, rank = group // n_pairs * n_local, group % n_pairs
+    twice = (2 * n_local + 1).to(tl.float32)
+    low = ((twice - tl.sqrt(tl.maximum(twice * twice - 8 * rank.to(tl.float32), 0.0))) * 0.5).to(tl.int32)
+    low = tl.where(_first_pair(low, n_local) > rank, low - 1, low)
+    low = tl.where(_first_pair(low + 1, n_local) <= rank, low + 1, low)
+    return base + low, base + low + rank - _first_pair(low, n_local)
+
+
+@triton.jit
 def _cut(
-    ends,
-    offsets,
-    table,
-    n_groups,
-    n_blocks,
-    n_entries,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Cut every group into tiles of ROWS rows: table[t] = (group, first row, end of the group), group -1 where unused."""
+    ends, offsets, table, n_local, n_groups, n_blocks, n_entries,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Cut every group into tiles of ROWS rows: lower and higher expert (-1: unused), first row, end of the group."""
     g = tl.arange(0, GROUPS)
     here = g < n_groups
     end = tl.load(ends + (g + 1).to(tl.int64) * n_blocks - 1, mask=here, other=0)
@@ -101,57 +107,60 @@ def _cut(
     first = tl.sum(tl.where(mine, (last - count)[None, :], 0), 1)
     row = tl.sum(tl.where(mine, start[None, :], 0), 1) + (t - first) * ROWS
     stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
-    used = owner < n_groups
-    tl.store(table + 3 * t, tl.where(used, owner, -1), mask=t < n_entries)
-    tl.store(table + 3 * t + 1, tl.where(used, row, 0), mask=t < n_entries)
-    tl.store(table + 3 * t + 2, tl.where(used, stop, 0), mask=t < n_entries)
+    used, mask = owner < n_groups, t < n_entries
+    low, high = _experts_of(owner, n_local, PAIRS)
+    tl.store(table + 4 * t, tl.where(used, low, -1), mask=mask)
+    tl.store(table + 4 * t + 1, tl.where(used, high, -1), mask=mask)
+    tl.store(table + 4 * t + 2, tl.where(used, row, 0), mask=mask)
+    tl.store(table + 4 * t + 3, tl.where(used, stop, 0), mask=mask)
 
 
-def _sort(index: Tensor, n_slots: int, n_experts: int, n_groups: int, pairs: bool, sizes: tuple[int, ...]):
-    """Stable counting sort and one tile table for each size: (slots, position, offsets, tables one after the other)."""
-    block, groups = (32 if interpreted() else 256), triton.next_power_of_2(n_groups + 1)
-    n_blocks = max(1, triton.cdiv(n_slots, block))
-    new = lambda *shape: torch.empty(*shape, dtype=torch.int32, device=index.device)  # noqa: E731
-    counts = new(n_groups * n_blocks)
-    _count[(n_blocks,)](
-        index, counts, n_slots, n_experts, n_groups, n_blocks, pairs, groups, block, num_warps=4
-    )
-    ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    slots, position, offsets = new(n_slots), new(n_slots), new(n_groups + 1)
-    _place[(n_blocks,)](
-        index,
-        counts,
-        ends,
-        slots,
-        position,
-        n_slots,
-        n_experts,
-        n_groups,
-        n_blocks,
-        pairs,
-        block,
-        num_warps=4,
-    )
+def _sort(
+    index: Tensor, n_slots: int, n_local: int, n_groups: int, pairs: bool, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Stable counting sort and one tile table for each size: (slots, position, offsets, tables in one)."""
+    block, step = (32, 16) if interpreted() else (256, 32)
+    groups, n_blocks = triton.next_power_of_2(n_groups + 1), max(1, triton.cdiv(n_slots, block))
     entries = [n_tiles(n_slots, n_groups, rows) for rows in sizes]
-    table, at = new(sum(entries), 3), 0
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=index.device)
+
+    counts, slots, position = ints(n_groups * n_blocks), ints(n_slots), ints(n_slots)
+    offsets, table = ints(n_groups + 1), ints(sum(entries), 4)
+    shape = (n_slots, n_local, n_groups, n_blocks, pairs)
+    _count[(n_blocks,)](index, counts, *shape, groups, block, num_warps=4)
+    ends = torch.cumsum(counts, 0, dtype=torch.int32)
+    _place[(n_blocks,)](index, counts, ends, slots, position, *shape, block, step, num_warps=8)
+    at = 0
     for rows, n_entries in zip(sizes, entries, strict=True):
-        grid = (max(1, triton.cdiv(n_entries, 32)),)
-        _cut[grid](ends, offsets, table[at:], n_groups, n_blocks, n_entries, rows, groups, 32, num_warps=4)
+        grid = (max(1, triton.cdiv(n_entries, 16)),)
+        _cut[grid](
+            ends,
+            offsets,
+            table[at:],
+            n_local,
+            n_groups,
+            n_blocks,
+            n_entries,
+            pairs,
+            rows,
+            groups,
+            16,
+            num_warps=4,
+        )
         at += n_entries
     return slots, position, offsets, table
 
 
-def plan(
-    index: Tensor, n_experts: int, n_pairs: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def plan(index: Tensor, n_experts: int, n_local: int, n_pairs: int) -> tuple[Tensor, ...]:
     """Body of `moeut::plan`: slots by expert, and (token, group) items by pair of experts if n_pairs > 0."""
     flat = index.reshape(-1)
-    slots, position, offsets, tiles = _sort(
-        flat, flat.numel(), n_experts, n_experts, False, (TILE_ROWS, CHUNK_ROWS)
-    )
+    sizes = (TILE_ROWS, CHUNK_ROWS)
+    slots, position, offsets, tiles = _sort(flat, flat.numel(), n_experts, n_experts, False, sizes)
     if n_pairs == 0:
-        return slots, position, offsets, tiles, offsets.new_empty(0), offsets.new_empty(0, 3)
-    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_experts, n_pairs, True, (TILE_ROWS,))
+        return slots, position, offsets, tiles, offsets.new_empty(0), offsets.new_empty(0, 4)
+    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_local, n_pairs, True, sizes[:1])
     return slots, position, offsets, tiles, items, pair_tiles
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeut_kernels.plan import CHUNK_ROWS, TILE_ROWS, n_tiles
-from moeut_kernels.triton_tiles import block, interpreted, rows_for, tile
+from moeut_kernels.triton_tiles import block, interpreted, offers, rows_for, tile
 
 DEEPEST_WALK = 256
 """Most columns in of a walk: the slice of the weights has to stay in shared memory."""
@@ -54,10 +54,10 @@ def activation_slope(z, KIND: tl.constexpr):
 def tile_rows(table, SPLIT: tl.constexpr, ROWS: tl.constexpr):
     """Expert, row numbers, and the end of this program's part of its table entry; an empty part where there is none."""
     part = tl.program_id(0) % SPLIT
-    entry = table + 3 * (tl.program_id(0) // SPLIT)
+    entry = table + 4 * (tl.program_id(0) // SPLIT)
     expert = tl.load(entry)
-    first = tl.load(entry + 1) + part * ROWS
-    stop = tl.minimum(tl.load(entry + 2), first + ROWS)
+    first = tl.load(entry + 2) + part * ROWS
+    stop = tl.minimum(tl.load(entry + 3), first + ROWS)
     stop = tl.where(expert < 0, first, stop)
     return expert.to(tl.int64), first, stop
 
@@ -72,11 +72,11 @@ def accumulate(a, b, accumulator):
 def _grouped_rows(
     rows, weight, bias, gate, out, pre, slots, table,
     per_row, depth, width, stride_expert, stride_depth, stride_width,
-    GATHER: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, PRE: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    GATHER: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr,
+    PRE: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = gate · activation(rows[r] @ weight[e] + bias[e]); GATED multiplies by a second product, `width` columns on."""
+    """out[r] = gate · activation(rows[r] @ weight[e] + bias[e]); GATED: times a second product, `width` columns on."""
     expert, first, stop = tile_rows(table, SPLIT, ROWS)
     if first >= stop:
         return
@@ -135,21 +135,24 @@ def _grouped_rows(
 
 def grouped_rows(
     rows: Tensor, weight: Tensor, slots: Tensor, tiles: Tensor, *, per_row: int | None, transposed: bool = False,
-    bias: Tensor | None = None, kind: str = "none", gated: bool = False, gate: Tensor | None = None, keep_pre: bool = False,
+    bias: Tensor | None = None, kind: str = "none", gated: bool = False, gate: Tensor | None = None,
+    keep_pre: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows times the matrix of their expert, [S, F]; and the pre-activations, [S, F or 2F], where asked for.
 
-    rows: [R, D], row slot // per_row for each slot; in expert order already where per_row is None. weight: [E, D, F'], or
-    [E, F', D] where transposed. gate: one number per slot, multiplied in at the end.
+    rows: [R, D], row slot // per_row for each slot; in expert order already where per_row is None. weight: [E, D, F'],
+    or [E, F', D] where transposed. gate: one number per slot, multiplied in at the end.
     """
     n_slots, n_experts = slots.shape[0], weight.shape[0]
     depth, columns = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
     width = columns // 2 if gated else columns
-    t = tile("gather", rows)
     out = torch.empty(n_slots, width, dtype=rows.dtype, device=rows.device)
     pre = torch.empty((n_slots, columns) if keep_pre else 0, dtype=rows.dtype, device=rows.device)
     if n_slots == 0 or width == 0:
         return out, pre
+    t = tile("gather", rows)
+    if keep_pre or gated or depth % t.depth or width % t.columns:
+        t = tile("gather_heavy", rows)
     n_rows = rows_for(n_slots, n_experts, t.rows)
     n_columns, n_depth = block(width, t.columns // 2 if gated else t.columns), block(depth, t.depth)
     split = TILE_ROWS // n_rows
@@ -170,11 +173,11 @@ def _walk(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[r] = rows[r] @ weight[e]: a column slice of the weights is loaded once, the rows of the expert pass by."""
-    entry = table + 3 * tl.program_id(1)
+    entry = table + 4 * tl.program_id(1)
     expert = tl.load(entry).to(tl.int64)
     if expert < 0:
         return
-    first, stop = tl.load(entry + 1), tl.load(entry + 2)
+    first, stop = tl.load(entry + 2), tl.load(entry + 3)
     stop = tl.minimum(stop, first + CHUNK)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
@@ -206,9 +209,10 @@ def ordered_rows(
     """Rows in expert order times the matrix of their expert: [S, D] -> [S, F]. Made for few columns in, many out."""
     n_slots, n_experts = slots.shape[0], weight.shape[0]
     depth, width = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
-    t = tile("walk", rows)
-    if depth > DEEPEST_WALK or n_slots == 0 or rows_for(n_slots, n_experts, t.rows) < t.rows:
+    few = rows_for(n_slots, n_experts, TILE_ROWS) < TILE_ROWS
+    if few or depth > DEEPEST_WALK or not offers("walk", rows):
         return grouped_rows(rows, weight, slots, tiles, per_row=None, transposed=transposed)[0]
+    t = tile("walk", rows)
     out = torch.empty(n_slots, width, dtype=rows.dtype, device=rows.device)
     columns, deep = block(width, t.columns), block(depth, DEEPEST_WALK)
     chunks = tiles[n_tiles(n_slots, n_experts) :]
@@ -278,7 +282,7 @@ def _weight_gradient(
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of the matrix, all its rows."""
+    """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of a matrix, all its rows."""
     expert = tl.program_id(1)
     n_across = tl.cdiv(width, COLUMNS)
     m = (tl.program_id(0) // n_across) * ROWS + tl.arange(0, ROWS)
@@ -306,11 +310,10 @@ def _weight_gradient(
 
 def weight_gradient(
     left: Tensor, right: Tensor, slots: Tensor, offsets: Tensor, *, per_left: int | None, per_right: int | None,
-    dtype: torch.dtype, gate: Tensor | None = None,
+    out: Tensor, gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of outer products of each expert's rows, [E, D, F] in `dtype`; rows gathered by slot // per_*, or in expert order."""
+    """Sum of outer products of each expert's rows into out [E, D, F]; row slot // per_*, None: expert order."""
     n_experts, height, width = offsets.shape[0] - 1, left.shape[1], right.shape[1]
-    out = torch.empty(n_experts, height, width, dtype=dtype, device=left.device)
     if out.numel() == 0:
         return out
     t = tile("weight", left)

@@ -5,6 +5,8 @@ centre parts), else "small". float32 is multiplied by ordinary arithmetic (no tf
 interpreter all tiles are tiny, so that small tests still cross tile borders.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,39 +30,49 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Products, named by what they do. "gather": rows are gathered, long depth, narrow output. "gather_backward": the same
-# with the derivative of the activation behind it. "walk": a column slice of the weights stays, the rows of the expert pass.
-# "weight": weight gradients. "pair_narrow" and "pair_wide": two experts at once.
+# Products, named by what they do. "gather": gathered rows, long depth, narrow output; "gather_heavy" also
+# keeps the pre-activation, or masks ragged sides. "gather_backward(_heavy)": with the derivative of the activation.
+# "walk": a column slice of the weights stays, the rows of the expert pass by. "weight": weight gradients.
+# "pair_narrow", "pair_wide": two experts at once; the depth of "pair_wide" is how many columns one program does.
+# float32 has neither walks nor pairs: without tensor cores a program cannot hold a whole side of a matrix.
 _LARGE = {
     "gather": Tile(128, 128, 64, 4, 3),
+    "gather_heavy": Tile(128, 128, 64, 8, 3),
     "gather_backward": Tile(64, 128, 64, 4, 4),
+    "gather_backward_heavy": Tile(64, 128, 64, 8, 4),
     "walk": Tile(64, 128, 0, 4, 4),
     "weight": Tile(128, 128, 64, 4, 3),
     "pair_narrow": Tile(128, 128, 32, 8, 6),
+    "pair_narrow_backward": Tile(128, 128, 64, 8, 3),
     "pair_wide": Tile(128, 64, 512, 8, 3),
 }
 _SMALL = {
     "gather": Tile(128, 64, 32, 4, 3),
+    "gather_heavy": Tile(64, 64, 32, 4, 3),
     "gather_backward": Tile(64, 64, 32, 4, 3),
+    "gather_backward_heavy": Tile(64, 64, 32, 4, 3),
     "walk": Tile(64, 64, 0, 4, 2),
     "weight": Tile(64, 64, 32, 4, 3),
     "pair_narrow": Tile(64, 128, 32, 4, 3),
+    "pair_narrow_backward": Tile(64, 128, 32, 8, 3),
     "pair_wide": Tile(64, 64, 512, 4, 2),
 }
 _FLOAT32 = {
     "gather": Tile(64, 64, 32, 4, 2),
+    "gather_heavy": Tile(64, 64, 32, 4, 2),
     "gather_backward": Tile(64, 64, 32, 4, 2),
-    "walk": Tile(32, 64, 0, 4, 1),
+    "gather_backward_heavy": Tile(64, 64, 32, 4, 2),
     "weight": Tile(64, 64, 32, 4, 2),
-    "pair_narrow": Tile(32, 128, 32, 4, 2),
-    "pair_wide": Tile(32, 32, 512, 4, 1),
 }
 _INTERPRETED = {
     "gather": Tile(64, 16, 16, 4, 1),
+    "gather_heavy": Tile(64, 16, 16, 4, 1),
     "gather_backward": Tile(64, 16, 16, 4, 1),
+    "gather_backward_heavy": Tile(64, 16, 16, 4, 1),
     "walk": Tile(64, 16, 0, 4, 1),
     "weight": Tile(16, 16, 32, 4, 1),
     "pair_narrow": Tile(64, 16, 16, 4, 1),
+    "pair_narrow_backward": Tile(64, 16, 16, 4, 1),
     "pair_wide": Tile(64, 16, 32, 4, 1),
 }
 _overrides: dict[str, Tile] = {}
@@ -91,6 +103,21 @@ def tile(product: str, x: torch.Tensor) -> Tile:
     if x.dtype == torch.float32:
         return _FLOAT32[product]
     return (_LARGE if _device_class(x.device) == "large" else _SMALL)[product]
+
+
+@contextmanager
+def override(product: str, candidate: Tile) -> Iterator[None]:
+    """Use another tile for one product inside the block: for measuring, not for training."""
+    _overrides[product] = candidate
+    try:
+        yield
+    finally:
+        del _overrides[product]
+
+
+def offers(product: str, x: torch.Tensor) -> bool:
+    """Whether a product has a tile for operands like `x`."""
+    return interpreted() or x.dtype != torch.float32 or product in _FLOAT32
 
 
 def block(size: int, most: int) -> int:

@@ -140,12 +140,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def compare(
-    case: Case, *, dtype: torch.dtype, device: str = "cpu", bound: float, leaves=None, cotangent_dtype=None
+    case: Case,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    bound: float,
+    leaves=None,
+    cotangent_dtype=None,
+    plan=None,
 ) -> None:
     """Output and every gradient of the op against the dense definition in float64, on operands rounded to `dtype`."""
     leaves = as_leaves(case.operands, dtype=dtype, device=device) if leaves is None else leaves
     exact = as_leaves({k: None if v is None else v.cpu() for k, v in leaves.items()}, dtype=torch.float64)
-    expected, actual = case.define(exact), case.run(leaves)
+    expected, actual = case.define(exact), case.run(leaves, plan)
     assert actual.dtype == leaves["x"].dtype
     cotangent = torch.randn(
         expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)

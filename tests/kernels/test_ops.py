@@ -172,7 +172,7 @@ def test_opcheck_keeps_the_pre_activation(cases):
 
 
 def test_opcheck_plan():
-    torch.library.opcheck(torch.ops.moeut.plan, (torch.randint(0, 5, (7, 2, 3)), 5, "torch"))
+    torch.library.opcheck(torch.ops.moeut.plan, (torch.randint(0, 5, (7, 2, 3)), 5, 5, "torch"))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -301,6 +301,10 @@ class TestErrors:
     def test_index_dtype(self):
         with pytest.raises(ValueError, match="integers"):
             mk.plan(torch.zeros(3, 1, 2), 4)
+
+    def test_disjoint_groups(self):
+        with pytest.raises(ValueError, match="multiple of the 3 disjoint groups"):
+            mk.plan(torch.zeros(2, 3, 2, dtype=torch.long), 10, disjoint=True)
 
     def test_index_range(self):
         with pytest.raises(ValueError, match="outside"):
