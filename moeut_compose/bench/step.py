@@ -81,7 +81,8 @@ def measure_step(
     )
     generator = torch.Generator().manual_seed(0)
     batches = [
-        torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device) for _ in range(N_BATCHES)
+        torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device)
+        for _ in range(N_BATCHES)
     ]
     started = time.monotonic()
     trainer.train_step(batches[0])
@@ -129,7 +130,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(step: Callable[[], dict[str, torch.Tensor]], device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
+def _timed(
+    step: Callable[[], dict[str, torch.Tensor]], device: torch.device
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Milliseconds of one step, and what it returned."""
     if device.type != "cuda":
         started = time.perf_counter()

@@ -118,7 +118,11 @@ class _Search:
     """The quantity as a function of one integer; None where the architecture is invalid."""
 
     def __init__(
-        self, spec: ModelSpec, document: dict[str, Any], fields: Mapping[str, int], measure: Callable[[ModelSpec], int]
+        self,
+        spec: ModelSpec,
+        document: dict[str, Any],
+        fields: Mapping[str, int],
+        measure: Callable[[ModelSpec], int],
     ) -> None:
         self._document = document
         self._fields = fields
@@ -150,7 +154,9 @@ class _Search:
             middle = (low + high) // 2
             here, left, right = self.at(middle), self.at(low), self.at(high)
             if here is None or left is None or right is None or not left <= here <= right:
-                raise NoMatch(f"{', '.join(self._fields)} does not change the count evenly; vary another field")
+                raise NoMatch(
+                    f"{', '.join(self._fields)} does not change the count evenly; vary another field"
+                )
             low, high = (middle, high) if here <= wanted else (low, middle)
         return min((low, high), key=lambda value: (abs((self.at(value) or 0) - wanted), value))
 
@@ -158,7 +164,9 @@ class _Search:
         """Two valid values around the target, or the last valid one twice where validity ends before it."""
         start = self._start
         if self.at(start) is None:
-            raise NoMatch(f"the architecture is invalid at its own value {start}: {self._problems.get(start, '')}")
+            raise NoMatch(
+                f"the architecture is invalid at its own value {start}: {self._problems.get(start, '')}"
+            )
         grows = (self.at(start) or 0) <= wanted
         inside, step = start, 1
         while True:

@@ -65,7 +65,9 @@ class Case:
     def below(self, prefix: str) -> dict[str, Tensor]:
         """Tensors named `prefix.NAME`, under our names."""
         n_heads = self.config.get("n_heads", 1)
-        found = {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+        found = {
+            k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")
+        }
         return to_ours(found, n_heads=n_heads)
 
     def build(self, dtype: torch.dtype) -> LanguageModel:
@@ -77,7 +79,9 @@ class Case:
             name=self.name,
         )
         model = build_model(spec, dtype=dtype, device=self.tensors["tokens"].device)
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.below("param").items()}, strict=True)
+        model.load_state_dict(
+            {name: tensor.to(dtype) for name, tensor in self.below("param").items()}, strict=True
+        )
         return model
 
 
@@ -173,7 +177,9 @@ def run(path: Path, dtype: torch.dtype = torch.float64, device: str = "cpu") -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", type=Path, help="archives; all beside this file when none is named")
+    parser.add_argument(
+        "cases", nargs="*", type=Path, help="archives; all beside this file when none is named"
+    )
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()

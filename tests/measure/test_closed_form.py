@@ -12,7 +12,9 @@ from moeut_compose.spec.io import load_spec
 
 VARIANTS = {
     run["name"]: run
-    for run in yaml.safe_load((Path(__file__).parents[1] / "reference" / "variants.yaml").read_text())["variants"]
+    for run in yaml.safe_load((Path(__file__).parents[1] / "reference" / "variants.yaml").read_text())[
+        "variants"
+    ]
 }
 RUNS = {
     "dense_244m": "c4_baseline_big_rope_nodrop",
