@@ -1,7 +1,7 @@
 """One row for each model: what it is, what it costs, and, once trained, what it reached.
 
-Rows come from specs and from run folders alike. Training cost is three forward passes of exact multiply-accumulates for every
-token, the usual convention; wall-clock time is what the metrics of the run recorded.
+Rows come from specs and from run folders alike. Training cost is three forward passes of exact
+multiply-accumulates for every token, the usual convention; time is what the metrics of the run recorded.
 """
 
 from __future__ import annotations

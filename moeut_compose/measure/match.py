@@ -80,9 +80,9 @@ def match_spec(
 ) -> Match:
     """Choose integers so that `spec` comes closest to `target` in the quantity `by`.
 
-    `vary` maps dotted paths to their share: with `{a: 1, b: 2}`, b is always twice a. `seq_len` (default: the target's
-    context length) matters for multiply-accumulates only. Raises ValueError for a path that names no integer, `NoMatch` if
-    no value comes within `tolerance` (relative) of the target.
+    `vary` maps dotted paths to their share: with `{a: 1, b: 2}`, b is always twice a. `seq_len` (default: the
+    target's context length) matters for multiply-accumulates only. Raises ValueError for a path that names no
+    integer, `NoMatch` if no value comes within `tolerance` (relative) of the target.
     """
     fields = dict(vary or {default_field(spec): 1})
     length = target.context_length if seq_len is None else seq_len

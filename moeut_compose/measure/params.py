@@ -30,7 +30,12 @@ class ParamCount:
 def count_params(spec: ModelSpec) -> ParamCount:
     """Count the parameters of `spec` without building it."""
     d_model = spec.d_model
-    outside = d_model + spec.final_norm_params() + spec.vocab_size * d_model + (spec.vocab_size if spec.head.bias else 0)
+    outside = (
+        d_model
+        + spec.final_norm_params()
+        + spec.vocab_size * d_model
+        + (spec.vocab_size if spec.head.bias else 0)
+    )
     stages = sum(stage.own_params(d_model) for stage in spec.stages)
     stages_unrolled = sum(stage.own_unrolled_params(d_model) for stage in spec.stages)
     members = list(spec.members())

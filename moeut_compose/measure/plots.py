@@ -14,8 +14,8 @@ FORMATS = ("png", "svg", "pdf")
 def plot_comparison(rows: Sequence[Row], path: Path) -> None:
     """Draw `rows` into `path` (PNG, SVG or PDF by its ending).
 
-    Bars of parameters and multiply-accumulates, and one against the other; with trained runs, also loss against training cost and
-    against time. Raises ValueError for another ending.
+    Bars of parameters and multiply-accumulates, and one against the other; with trained runs, also loss
+    against training cost and against time. Raises ValueError for another ending.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

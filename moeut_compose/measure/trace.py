@@ -51,7 +51,9 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     """Two operands: the product of all distinct dimensions."""
     left, right = inputs[0].toIValue().split("->")[0].split(",")
     tensors = list(inputs[1].node().inputs())
-    sizes = dict(zip(left, _shape(tensors[0]), strict=True)) | dict(zip(right, _shape(tensors[1]), strict=True))
+    sizes = dict(zip(left, _shape(tensors[0]), strict=True)) | dict(
+        zip(right, _shape(tensors[1]), strict=True)
+    )
     return math.prod(sizes.values())
 
 
@@ -68,7 +70,11 @@ def _feedforward_weights(inputs: list[Any]) -> list[list[int]]:
 
 
 def _is_index(value: Any) -> bool:
-    return value.type().kind() == "TensorType" and value.type().dim() == 3 and not value.type().dtype().is_floating_point
+    return (
+        value.type().kind() == "TensorType"
+        and value.type().dim() == 3
+        and not value.type().dtype().is_floating_point
+    )
 
 
 HANDLES: dict[str, Handle] = {
@@ -86,14 +92,16 @@ HANDLES: dict[str, Handle] = {
 """Every operator that multiplies. The handles of fvcore for norms are left out: norms are elementwise here."""
 
 ELEMENTWISE = frozenset(
-    "abs add add_ any arange argsort bitwise_and cat clamp clamp_min cos cumsum detach div div_ embedding empty eq exp "
-    "expand_as floor_divide full full_like fill_ gather ge gelu gt index index_select index_add layer_norm le "
-    "log log_softmax logical_and logsumexp lt masked_fill masked_fill_ max maximum mean min mul mul_ multinomial ne neg new_empty "
-    "new_full new_ones new_zeros one_hot ones ones_like pad pow rand_like reciprocal relu remainder repeat "
-    "repeat_interleave rms_norm rsqrt rsub scatter scatter_ scatter_add searchsorted select sigmoid silu sin softmax sort "
-    "sqrt square stack sub sum tanh topk triu where zeros zeros_like masked_select bincount histc _softmax "
-    "copy_ cast bitwise_or bitwise_right_shift bitwise_left_shift __and__ __or__ __rshift__ __lshift__ special_entr "
-    "unflatten flatten plan".split()
+    """
+    __and__ __lshift__ __or__ __rshift__ _softmax abs add add_ any arange argsort bincount bitwise_and
+    bitwise_left_shift bitwise_or bitwise_right_shift cast cat clamp clamp_min copy_ cos cumsum detach div
+    div_ embedding empty eq exp expand_as fill_ flatten floor_divide full full_like gather ge gelu gt histc
+    index index_add index_select layer_norm le log log_softmax logical_and logsumexp lt masked_fill
+    masked_fill_ masked_select max maximum mean min mul mul_ multinomial ne neg new_empty new_full new_ones
+    new_zeros one_hot ones ones_like pad plan pow rand_like reciprocal relu remainder repeat
+    repeat_interleave rms_norm rsqrt rsub scatter scatter_ scatter_add searchsorted select sigmoid silu sin
+    softmax sort special_entr sqrt square stack sub sum tanh topk triu unflatten where zeros zeros_like
+    """.split()  # noqa: SIM905
 )
 """Operators without matrix products: copies, comparisons, sums, activations. Nothing else may go uncounted."""
 
@@ -174,7 +182,9 @@ def _run(analysis: FlopCountAnalysis) -> dict[str, Counter[str]]:
         counts = analysis.by_module_and_operator()
     unknown = {name for name in analysis.unsupported_ops() if name.split("::")[-1] not in ELEMENTWISE}
     if unknown:
-        raise UncountedOperator(f"operators without a multiply-accumulate formula: {', '.join(sorted(unknown))}")
+        raise UncountedOperator(
+            f"operators without a multiply-accumulate formula: {', '.join(sorted(unknown))}"
+        )
     return counts
 
 
@@ -190,6 +200,8 @@ def component_of(module: str, operator: str) -> str:
     if "mixer" in parts:
         if any(part.endswith("router") for part in parts):
             return "attn_select"
-        return {"scaled_dot_product_attention": "attn_scores_values", "matmul": "attn_relpos"}.get(operator, "attn_proj")
+        return {"scaled_dot_product_attention": "attn_scores_values", "matmul": "attn_relpos"}.get(
+            operator, "attn_proj"
+        )
     assert parts[0] in ("", "head"), f"{operator} in {module!r} belongs to no component"
     return "lm_head"

@@ -48,7 +48,7 @@ class Case:
     def read(cls, path: Path, device: str = "cpu") -> Case:
         with safe_open(str(path), "pt", device=device) as archive:
             metadata = archive.metadata()
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a dict
         return cls(
             name=metadata["case"],
             config=json.loads(metadata["config"]),

@@ -17,8 +17,7 @@ CLOSEST = {"44m": 156, "126m": 254, "244m": 387, "319m": 340, "728m": 468, "1b":
 def around(spec: ModelSpec, result: Match, seq_len: int, reach: int = 40) -> list[tuple[int, int]]:
     """Distance from the target for every valid value near the chosen one."""
     found = []
-    shares = {path: value for path, value in result.values.items()}
-    (path, chosen), *others = shares.items()
+    (path, chosen), *others = result.values.items()
     for value in range(max(1, chosen - reach), chosen + reach + 1):
         overrides = [f"{path}={value}", *(f"{other}={value * share // chosen}" for other, share in others)]
         try:
