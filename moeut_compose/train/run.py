@@ -6,6 +6,7 @@ later lies in its folder: architecture, recipe, tokenizer, held-out text, metric
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,11 @@ class Run:
 def load_run(path: str | Path, *, device: str | torch.device = "cpu") -> Run:
     """Read a run folder, at its newest whole checkpoint, or one checkpoint folder inside it.
 
-    The architecture is the one that the weights carry. Raises `RunError` or `CheckpointError`.
+    The architecture is the one that the weights carry. Warns of newer checkpoints that are damaged. Raises
+    `RunError` or `CheckpointError`.
     """
     run, chosen = run_folder.split_path(Path(path))
-    checkpoint = find_checkpoint(run, warn=lambda text: None) if chosen is None else open_checkpoint(chosen)
+    checkpoint = find_checkpoint(run, warn=_warn) if chosen is None else open_checkpoint(chosen)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint yet")
     spec = parse_spec(checkpoint.architecture(), file=str(checkpoint.path))
@@ -82,12 +84,16 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu") -> Run:
     )
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
 def train(
     spec: ModelSpec,
     recipe: RecipeSpec,
     *,
-    out: Path | None = None,
-    resume: Resume = "auto",
+    out: str | Path | None = None,
+    resume: Resume | str = "auto",
     argv: Sequence[str] = (),
     reporter: Reporter | None = None,
     device: str | torch.device = "auto",
@@ -107,7 +113,8 @@ def train(
         stop = stack.enter_context(catch_signals())
         stack.enter_context(execution_modes(recipe))
         plan = plan_training(spec, recipe, device=place)
-        origin = _Origin.of(spec, recipe, out, resume)
+        way: Resume = resume if resume in ("auto", "none") else Path(resume)
+        origin = _Origin.of(spec, recipe, None if out is None else Path(out), way)
         data = prepare_data(
             recipe,
             vocab_size=spec.vocab_size,
