@@ -22,7 +22,9 @@ CHUNK = 4096
 """Tokens whose logits are held at once."""
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int = CHUNK
+) -> Tensor:
     """Mean cross entropy in nats of logits `x @ weight.T + bias` at `targets`, a scalar of at least float32.
 
     x: [N, D]. weight: [V, D]. bias: [V] or None. targets: [N] integers, -100 to leave a token out. Without any

@@ -109,8 +109,11 @@ class ExpertFeedForward(FeedForward):
         if self.shared is not None:
             self.shared.reset_parameters(scale=scale)
 
+    def expert_weights(self) -> dict[str, Tensor]:
+        return {"up": self.up, "down": self.down}
+
     def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
-        alive = call.alive
+        alive, up, down = call.alive, call.copy_of("up"), call.copy_of("down")
         routing = self.router(select, alive)
         index, gate, rows = (
             running(part.flatten(0, 1), alive) for part in (routing.index, routing.gate, data)
@@ -124,6 +127,7 @@ class ExpertFeedForward(FeedForward):
             activation=self.activation,
             b_up=self.up_bias,
             b_down=self.down_bias,
+            casts=None if up is None or down is None else (up, down),
         )
         output = everyone(output, alive).view(data.shape)
         if self.shared is not None:

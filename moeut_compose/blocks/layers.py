@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
+import moeut_kernels as mk
+import torch
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.norms import Norm
-from moeut_compose.blocks.roles import Call, FeedForward, Mixed, Mixer
+from moeut_compose.blocks.roles import Call, Copies, FeedForward, Mixed, Mixer
 from moeut_compose.blocks.stats import Stats, under
 
 
@@ -45,13 +47,20 @@ class Layer(nn.Module):
         self.mixer_norm.reset_parameters()
         self.feedforward_norm.reset_parameters()
 
+    def copies(self, dtype: torch.dtype) -> Copies:
+        """Copies of all expert weights in `dtype`, made once for all applications of the layer."""
+        weights = under("mixer", self.mixer.expert_weights()) | under(
+            "feedforward", self.feedforward.expert_weights()
+        )
+        return dict(zip(weights, mk.cast_weights(*weights.values(), dtype=dtype), strict=True))
+
     def forward(
         self, hidden: Tensor, context: Tensor, call: Call | None = None, past: Memory | None = None
     ) -> Run:
         """Apply the layer to `hidden [B, T, D]`; keys and values come from `context` and from `past`."""
         call = Call() if call is None else call
-        x, mixer_stats, memory = self.mix(hidden, context, call, past)
-        x, feedforward_stats = self.transform(x, call)
+        x, mixer_stats, memory = self.mix(hidden, context, call.inside("mixer"), past)
+        x, feedforward_stats = self.transform(x, call.inside("feedforward"))
         return Run(x, under("mixer", mixer_stats) | under("feedforward", feedforward_stats), memory)
 
     @abstractmethod

@@ -53,7 +53,7 @@ class GateInjection(Injection):
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         gate = at_least_float32(self.gate(torch.cat((state, x), dim=-1))).sigmoid()
-        return torch.lerp(x.to(gate.dtype), state.to(gate.dtype), gate)
+        return gate * state + (1.0 - gate) * x
 
 
 class ConcatInjection(Injection):

@@ -103,13 +103,16 @@ class SwitchHead(Mixer):
             linear.reset_lora()
         self.position.reset_parameters()
 
+    def expert_weights(self) -> dict[str, Tensor]:
+        return {} if self.n_experts == 1 else {"value": self.value, "output": self.output}
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
         k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
-        v, stats = self._values(key, value)
+        v, stats = self._values(key, value, call)
         memory = remember(k, v, past)
         mixed = attend(q, memory, position=self.position, start=call.start)
-        output, output_stats = self._outputs(query, mixed, call.alive)
+        output, output_stats = self._outputs(query, mixed, call)
         return Mixed(output, stats | output_stats, memory)
 
     def _plan(self, routing: Routing, alive: Alive | None = None) -> tuple[mk.Plan, Tensor]:
@@ -118,7 +121,7 @@ class SwitchHead(Mixer):
         index = running((routing.index + offset).flatten(0, 1), alive)
         return mk.plan(index, self.n_heads * self.n_experts), running(routing.gate.flatten(0, 1), alive)
 
-    def _values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Stats]:
+    def _values(self, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Stats]:
         """Values `[B, H, T, d_head]`; tokens at rest have theirs too, for others to read."""
         batch, length, _ = value.shape
         if self.value_router is None:
@@ -129,19 +132,21 @@ class SwitchHead(Mixer):
             v = torch.einsum("btd,hdf->bhtf", value, self.value)
             return v * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(v.dtype), stats
         plan, gate = self._plan(routing)
-        v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate)
+        v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate, cast=call.copy_of("value"))
         return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
 
-    def _outputs(self, query: Tensor, mixed: Tensor, alive: Alive | None) -> tuple[Tensor, Stats]:
+    def _outputs(self, query: Tensor, mixed: Tensor, call: Call) -> tuple[Tensor, Stats]:
         """Outputs `[B, T, D]` of attended values `[B, H, T, d_head]`."""
         batch, _, length, _ = mixed.shape
+        alive = call.alive
         routing = self.output_router(query, alive)
         stats = under("output_router", routing.stats)
         if self.n_experts == 1:
             gated = mixed * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(mixed.dtype)
             return torch.einsum("bhtf,hfd->btd", gated, self.output), stats
         plan, gate = self._plan(routing, alive)
-        output = mk.expert_merge(running(mixed.transpose(1, 2).flatten(0, 1), alive), self.output, plan, gate)
+        rows = running(mixed.transpose(1, 2).flatten(0, 1), alive)
+        output = mk.expert_merge(rows, self.output, plan, gate, cast=call.copy_of("output"))
         return everyone(output, alive).view(batch, length, -1), stats
 
 
@@ -181,6 +186,9 @@ class MixtureOfAttention(Mixer):
             linear.reset_lora()
         self.position.reset_parameters()
 
+    def expert_weights(self) -> dict[str, Tensor]:
+        return {"query": self.query, "output": self.output}
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         batch, length, d_model = query.shape
         alive = call.alive
@@ -190,7 +198,9 @@ class MixtureOfAttention(Mixer):
         choice = (part.reshape(batch * length, chosen, 1) for part in (routing.index, routing.gate))
         index, gate = (running(part, alive) for part in choice)
         plan = mk.plan(index, self.router.n_experts)
-        queries = mk.expert_split(running(query.flatten(0, 1), alive), self.query, plan, None)
+        queries = mk.expert_split(
+            running(query.flatten(0, 1), alive), self.query, plan, None, cast=call.copy_of("query")
+        )
         q = everyone(queries, alive).view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
         q = self.position.rotate(q, call.start)
         k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
@@ -198,5 +208,6 @@ class MixtureOfAttention(Mixer):
         wide = tuple(part.repeat(1, chosen, 1, 1) for part in memory)
         mixed = attend(q, (wide[0], wide[1]), position=self.position, start=call.start)
         merged = mixed.transpose(1, 2).reshape(batch * length, chosen, -1)
-        output = everyone(mk.expert_merge(running(merged, alive), self.output, plan, gate), alive)
+        output = mk.expert_merge(running(merged, alive), self.output, plan, gate, cast=call.copy_of("output"))
+        output = everyone(output, alive)
         return Mixed(output.view(batch, length, d_model), under("router", routing.stats), memory)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.stats import Stats
 
+Copies = dict[str, Tensor]
+
 
 class Alive(NamedTuple):
     """Which tokens still run, where a stage halts tokens one by one."""
@@ -52,6 +54,19 @@ class Call(NamedTuple):
     """Position of the first new token."""
     alive: Alive | None = None
     """Who runs; None for everyone."""
+    copies: Copies | None = None
+    """Expert weights of the layer in the dtype of autocast, by name; None to make them when they are needed."""
+
+    def inside(self, part: str) -> Call:
+        """The same call for a part of the layer, with its copies under their own names."""
+        if self.copies is None:
+            return self
+        names = {name: copy for name, copy in self.copies.items() if name.startswith(f"{part}.")}
+        return self._replace(copies={name[len(part) + 1 :]: copy for name, copy in names.items()})
+
+    def copy_of(self, name: str) -> Tensor | None:
+        """The copy of one expert weight, if there is one."""
+        return None if self.copies is None else self.copies.get(name)
 
 
 class Routing(NamedTuple):
@@ -121,6 +136,10 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self, *, scale: float) -> None:
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
 
+    def expert_weights(self) -> dict[str, Tensor]:
+        """Weights that expert products read, by the names under which `Call.copies` holds their copies."""
+        return {}
+
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
@@ -135,6 +154,10 @@ class FeedForward(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, *, scale: float) -> None:
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
+
+    def expert_weights(self) -> dict[str, Tensor]:
+        """Weights that expert products read, by the names under which `Call.copies` holds their copies."""
+        return {}
 
     @abstractmethod
     def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import moeut_kernels as mk
 import torch
 from torch import Tensor, nn
 
@@ -89,8 +90,8 @@ class LinearRouter(BalancedRouter):
 
     def logits(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`."""
-        logits = at_least_float32(x @ self.weight.t().to(x.dtype))
-        return logits.view(*x.shape[:-1], self.n_heads, self.n_experts)
+        logits = mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]]
+        return at_least_float32(logits).reshape(*x.shape[:-1], self.n_heads, self.n_experts)
 
 
 class SigmoidRouter(LinearRouter):
@@ -129,9 +130,12 @@ class SigmoidRouter(LinearRouter):
 
     def forward(self, x: Tensor, alive: Alive | None) -> Routing:
         logits = self.logits(x)
-        candidates = self.hide(logits)
-        _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
-        gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
+        if self.training and self.expert_dropout:
+            candidates = self.hide(logits)
+            _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
+            gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
+        else:
+            index, gate = mk.topk_sigmoid(logits, self.top_k)
         return self.routing(logits, index, gate, alive)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
 from moeut_compose.blocks.loops import Injection, StepEmbedding
-from moeut_compose.blocks.roles import Alive, Call, Router
+from moeut_compose.blocks.roles import Alive, Call, Copies, Router
 from moeut_compose.blocks.stats import Stats, below, pool, under
 
 
@@ -58,8 +60,14 @@ class Stage(nn.Module):
             assert isinstance(layer, Layer)
             layer.reset_parameters(scale=scale)
 
-    def forward(self, x: Tensor, *, start: int = 0, past: Sequence[Memory] = ()) -> StageRun:
-        """Run all applications on `x [B, T, D]`; `past` has one memory per application, or is empty."""
+    def forward(
+        self, x: Tensor, *, start: int = 0, past: Sequence[Memory] = (), remember: bool = True
+    ) -> StageRun:
+        """Run all applications on `x [B, T, D]`; `past` has one memory per application, or is empty.
+
+        Without `remember` no memories are kept for a later call.
+        """
+        copies = self._copies(x)
         state = self.halting.begin(x)
         stats: Stats = {}
         memories: list[Memory] = []
@@ -72,13 +80,27 @@ class Stage(nn.Module):
                 call = Call(repeat, start, self._alive(state))
                 hidden, context = self._enter(state, x, call)
             memory = past[application] if past else None
-            hidden, seen, memory = self.layers[member](hidden, context, call, memory)
+            hidden, seen, memory = self.layers[member](
+                hidden, context, call._replace(copies=copies[member]), memory
+            )
             state = self.halting.absorb(state, hidden)
             stats = pool(stats, under(f"layers.{member}", seen))
-            memories.append(memory)
+            if remember:
+                memories.append(memory)
         output, halting_losses, halting_stats = self.halting.finish(state)
         losses = under("halting", halting_losses) | self._balance_losses(stats)
         return StageRun(output, losses, stats | under("halting", halting_stats), tuple(memories))
+
+    def _copies(self, x: Tensor) -> list[Copies | None]:
+        """For each member that runs more than once, its expert weights in the dtype of autocast."""
+        kind = x.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return [None] * len(self.layers)
+        dtype = torch.get_autocast_dtype(kind)
+        return [
+            None if isinstance(next(layer.parameters()), DTensor) else layer.copies(dtype)
+            for layer in self.layers
+        ]
 
     def _enter(self, state: HaltingState, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """What the first layer of a pass reads instead of `state.hidden` and `state.context`."""
