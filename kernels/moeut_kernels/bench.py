@@ -279,40 +279,52 @@ def parts() -> dict[str, Callable[[], object]]:
     }
 
 
+# Rows, columns, depth, warps, stages of the tiles that `--tune` times.
+CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
+    "gather": (
+        (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 5), (64, 128, 64, 4, 4),
+    ),
+    "gather_backward": (
+        (64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (64, 128, 32, 4, 6), (64, 128, 128, 4, 3),
+    ),
+    "walk": (
+        (64, 128, 0, 4, 4), (64, 128, 0, 4, 3), (128, 128, 0, 4, 3), (128, 128, 0, 8, 3), (64, 256, 0, 8, 3),
+        (64, 64, 0, 4, 4), (128, 64, 0, 4, 3), (64, 128, 0, 8, 4),
+    ),
+    "weight": (
+        (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 5), (256, 128, 64, 8, 3),
+        (256, 128, 64, 8, 4), (256, 128, 32, 8, 5), (128, 64, 64, 4, 4), (128, 128, 128, 8, 3), (256, 64, 64, 4, 4),
+    ),
+    "pair_narrow": (
+        (128, 128, 32, 8, 6), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4),
+        (64, 128, 64, 8, 4), (64, 128, 32, 4, 5),
+    ),
+    "pair_wide": (
+        (128, 64, 512, 8, 3), (128, 64, 1024, 8, 3), (128, 64, 256, 8, 3), (128, 128, 512, 8, 2), (64, 64, 512, 4, 3),
+        (64, 64, 1024, 4, 4), (128, 64, 512, 8, 4), (64, 128, 512, 8, 2), (128, 32, 512, 8, 4), (64, 64, 512, 8, 3),
+    ),
+}  # fmt: skip
+CANDIDATES["pair_narrow_backward"] = CANDIDATES["pair_narrow"]
+
+
 def tune(products: list[str]) -> Iterable[dict[str, Any]]:
     """Time other tiles for the parts of the named products."""
     from moeut_kernels.triton_tiles import Tile, override, tile
 
-    rows_of = {
-        "gather": (64, 128, 256),
-        "gather_backward": (64, 128),
-        "walk": (64, 128),
-        "weight": (128, 256),
-    }
-    depths = {"walk": (0,), "pair_wide": (256, 512, 1024), "weight": (32, 64, 128)}
     like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     for name, run in parts().items():
         product = name.split()[0]
         if product not in products:
             continue
         best = tile(product, like)
-        for rows in rows_of.get(product, (64, 128)):
-            for columns in (64, 128) if product in ("pair_wide", "weight", "walk") else (128,):
-                for depth in depths.get(product, (32, 64)):
-                    for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
-                        candidate = Tile(rows, columns, depth, warps, stages)
-                        try:
-                            with override(product, candidate):
-                                timing = time_graph(run, repeats=10)
-                        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-                            yield {"part": name, "tile": str(candidate), "error": str(error)[:80]}
-                            continue
-                        yield {
-                            "part": name,
-                            "tile": str(candidate),
-                            "ms": timing.median,
-                            "now": candidate == best,
-                        }
+        for sizes in CANDIDATES[product]:
+            with override(product, Tile(*sizes)):
+                record = {"part": name, "tile": str(sizes), "now": Tile(*sizes) == best}
+                try:
+                    record["ms"] = time_graph(run, repeats=10).median
+                except RuntimeError as error:  # more shared memory than a block may use
+                    record["error"] = str(error)[:60]
+                yield record
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -62,11 +62,12 @@ def forward(
 @triton.jit
 def _backward_hidden(
     grad, weight, hidden, pre, gate, d_pre, dots, slots, table,
-    top_k, depth, width, n_slots,
-    KIND: tl.constexpr, GATED: tl.constexpr, PRE: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    depth, n_slots, top_k: tl.constexpr, width: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, PRE: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """From v = grad[token] @ W2ᵀ: the gradient of the pre-activation, and for each slot the gradient of its gate."""
+    EVEN_WIDTH: tl.constexpr = width % COLUMNS == 0
     expert, first, stop = tile_rows(table, SPLIT, ROWS)
     if first >= stop:
         return
@@ -144,9 +145,9 @@ def backward_hidden(
     n_rows = rows_for(n_slots, n_experts, t.rows)
     split = TILE_ROWS // n_rows
     _backward_hidden[(n_tiles(n_slots, n_experts) * split, n_parts)](
-        grad, down, hidden, pre, gate, d_pre, dots, slots, tiles, top_k, depth, width, n_slots,
-        _INNER.get(activation, activation), gated, pre.numel() > 0,
-        depth % n_depth == 0, width % n_columns == 0, split, n_rows, n_columns, n_depth, **t.launch,
+        grad, down, hidden, pre, gate, d_pre, dots, slots, tiles, depth, n_slots, top_k, width,
+        _INNER.get(activation, activation), gated, pre.numel() > 0, depth % n_depth == 0,
+        split, n_rows, n_columns, n_depth, **t.launch,
     )  # fmt: skip
     return d_pre, dots[0] if n_parts == 1 else dots.sum(0)
 

@@ -45,8 +45,9 @@ def _load_gate(gate, slot, here, GATES: tl.constexpr):
 @triton.jit
 def _pair_narrow(
     rows, weight, gate, other, out, products, dots, ordered, items, index, position, table,
-    per_row, depth, width, stride_depth, stride_width,
-    GATES: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    depth, per_row: tl.constexpr, width: tl.constexpr,
+    stride_depth: tl.constexpr, stride_width: tl.constexpr,
+    GATES: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[item] = g1 · rows[item // per_row] @ W1 + g2 · ... @ W2, from many columns to few.
@@ -54,6 +55,7 @@ def _pair_narrow(
     KEEP writes both products by slot. BACKWARD (of a merge, `other` its input) also writes the gate gradients and
     gate · other in expert order.
     """
+    EVEN_WIDTH: tl.constexpr = width == COLUMNS
     expert1, expert2, item, slot1, slot2, here, some = _items_of(
         table, items, index, tl.program_id(0), SPLIT, ROWS
     )
@@ -64,7 +66,7 @@ def _pair_narrow(
     out_at = item.to(tl.int64)[:, None] * width + n[None, :]
     if BACKWARD:
         # Asked for before the product, so that it arrives while the product runs.
-        x = tl.load(other + out_at, mask=mask, other=0.0).to(tl.float32)
+        early = tl.load(other + out_at, mask=mask, other=0.0)
     k = tl.arange(0, DEPTH)
     a_at = rows + (item // per_row).to(tl.int64)[:, None] * depth + k[None, :]
     b_at = k[:, None] * stride_depth + n[None, :] * stride_width
@@ -98,6 +100,7 @@ def _pair_narrow(
         tl.store(products + slot2.to(tl.int64)[:, None] * width + n[None, :], p2.to(ty), mask=mask)
     if BACKWARD:
         ty = ordered.dtype.element_ty
+        x = early.to(tl.float32)
         if GATES:
             tl.store(dots + slot1, tl.sum(x * p1, 1), mask=here)
             tl.store(dots + slot2, tl.sum(x * p2, 1), mask=here)
@@ -110,8 +113,8 @@ def _pair_narrow(
 @triton.jit
 def _pair_wide(
     rows, weight, gate, products, out, dots, ordered, items, index, position, table,
-    depth, width, stride_depth, stride_width,
-    GATES: tl.constexpr, BACKWARD: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    depth: tl.constexpr, width: tl.constexpr, stride_depth: tl.constexpr, stride_width: tl.constexpr,
+    GATES: tl.constexpr, BACKWARD: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[item] = g1 · rows[item] @ W1 + g2 · rows[item] @ W2, from few columns to many; a program does SPAN columns.
@@ -119,6 +122,8 @@ def _pair_wide(
     BACKWARD (of a split, `rows` its output gradient, `products` what it kept) also writes the gate gradients and
     gate · rows in expert order.
     """
+    EVEN_DEPTH: tl.constexpr = depth == DEPTH
+    EVEN_WIDTH: tl.constexpr = width % SPAN == 0
     expert1, expert2, item, slot1, slot2, here, some = _items_of(
         table, items, index, tl.program_id(1), SPLIT, ROWS
     )
@@ -193,8 +198,8 @@ def narrow(
     if n_items:
         _pair_narrow[(pair_tiles.shape[0] * split,)](
             rows, weight, gate, other, out, products, dots, ordered, items, index, position, pair_tiles,
-            per_row, depth, width, stride_depth, stride_width,
-            gate is not None, other is not None, keep, depth % deep == 0, width == columns,
+            depth, per_row, width, stride_depth, stride_width,
+            gate is not None, other is not None, keep, depth % deep == 0,
             split, t.rows, columns, deep, **t.launch,
         )  # fmt: skip
     return out, products, dots, ordered
@@ -223,7 +228,7 @@ def wide(
         _pair_wide[(triton.cdiv(width, span), pair_tiles.shape[0] * split)](
             rows, weight, gate, products, out, dots, ordered, items, index, position, pair_tiles,
             depth, width, stride_depth, stride_width,
-            gate is not None, backward, depth == deep, width % span == 0,
+            gate is not None, backward,
             split, t.rows, columns, span, deep, **t.launch,
         )  # fmt: skip
     return out, dots, ordered

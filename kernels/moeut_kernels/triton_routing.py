@@ -19,52 +19,51 @@ def _first_pair(low, n_local):
 
 
 @triton.jit
-def _key(index, slot, mask, n_local, other, PAIRS: tl.constexpr):
-    """Group of a slot: its expert. With PAIRS the rank of an item's unordered pair: (0,0), (0,1) ... (1,1), (1,2) ...
+def _count(
+    index, keys, counts, n_slots, n_local, n_groups, n_blocks,
+    PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """keys[s]: the group of a slot, and counts[g, b]: how many slots of block b belong to group g.
 
-    Pairs lie within blocks of n_local experts; ranks go on from block to block.
+    The group is the expert. With PAIRS a slot is an item of two choices, and its group the rank of its unordered pair
+    among all: (0,0), (0,1) ... (1,1), (1,2) ... Pairs lie within blocks of n_local experts; ranks go on across blocks.
     """
+    b = tl.program_id(0)
+    slot = b * BLOCK + tl.arange(0, BLOCK)
+    mask = slot < n_slots
     if PAIRS:
         first = tl.load(index + 2 * slot, mask=mask, other=0).to(tl.int32)
         second = tl.load(index + 2 * slot + 1, mask=mask, other=0).to(tl.int32)
         low = tl.minimum(first, second)
-        higher = tl.maximum(first, second) - low
         base = low // n_local
-        key = base * (n_local * (n_local + 1) // 2) + _first_pair(low - base * n_local, n_local) + higher
-        return tl.where(mask, key, other)
-    return tl.load(index + slot, mask=mask, other=other).to(tl.int32)
-
-
-@triton.jit
-def _count(
-    index, counts, n_slots, n_local, n_groups, n_blocks,
-    PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """counts[g, b]: how many slots of block b belong to group g."""
-    b = tl.program_id(0)
-    slot = b * BLOCK + tl.arange(0, BLOCK)
-    key = _key(index, slot, slot < n_slots, n_local, n_groups, PAIRS)
+        start = base * (n_local * (n_local + 1) // 2) + _first_pair(low - base * n_local, n_local)
+        key = tl.where(mask, start + tl.maximum(first, second) - low, n_groups)
+    else:
+        key = tl.load(index + slot, mask=mask, other=n_groups).to(tl.int32)
+    tl.store(keys + slot, key, mask=mask)
     g = tl.arange(0, GROUPS)
     tl.store(counts + g.to(tl.int64) * n_blocks + b, tl.histogram(key, GROUPS), mask=g < n_groups)
 
 
 @triton.jit
 def _place(
-    index, counts, ends, slots, position, n_slots, n_local, n_groups, n_blocks,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Place of a slot: where its (group, block) starts, plus its rank among equals in the block."""
+    keys, counts, ends, slots, position, n_slots, n_groups, n_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    """Place of a slot: where its (group, block) starts, plus its rank among equals in the block.
+
+    The rank compares all pairs of the block; the compared slots run down the rows, so that a thread adds its own
+    column and nothing is exchanged.
+    """
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     slot = b * BLOCK + i
     mask = slot < n_slots
-    key = _key(index, slot, mask, n_local, n_groups, PAIRS)
+    key = tl.load(keys + slot, mask=mask, other=n_groups)
     rank = tl.zeros((BLOCK,), tl.int32)
     for at in range(0, BLOCK, STEP):
         j = at + tl.arange(0, STEP)
-        earlier = b * BLOCK + j
-        other = _key(index, earlier, earlier < n_slots, n_local, n_groups, PAIRS)
-        rank += tl.sum(((key[:, None] == other[None, :]) & (j[None, :] < i[:, None])).to(tl.int32), 1)
+        other = tl.load(keys + b * BLOCK + j, mask=b * BLOCK + j < n_slots, other=n_groups)
+        rank += tl.sum(((other[:, None] == key[None, :]) & (j[:, None] < i[None, :])).to(tl.int32), 0)
     cell = key.to(tl.int64) * n_blocks + b
     start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
     place = start + rank
@@ -74,24 +73,30 @@ def _place(
 
 @triton.jit
 def _experts_of(group, n_local, PAIRS: tl.constexpr):
-    """Lower and higher expert of a group: the inverse of `_key`. The root is corrected for its rounding."""
-    if not PAIRS:
-        return group, group
-    n_pairs = n_local * (n_local + 1) // 2
-    base, rank = group // n_pairs * n_local, group % n_pairs
-    twice = (2 * n_local + 1).to(tl.float32)
-    low = ((twice - tl.sqrt(tl.maximum(twice * twice - 8 * rank.to(tl.float32), 0.0))) * 0.5).to(tl.int32)
-    low = tl.where(_first_pair(low, n_local) > rank, low - 1, low)
-    low = tl.where(_first_pair(low + 1, n_local) <= rank, low + 1, low)
-    return base + low, base + low + rank - _first_pair(low, n_local)
+    """Lower and higher expert of a group. The root that inverts the rank of a pair is corrected for its rounding."""
+    if PAIRS:
+        n_pairs = n_local * (n_local + 1) // 2
+        base, rank = group // n_pairs * n_local, group % n_pairs
+        twice = 2.0 * n_local + 1.0
+        root = tl.sqrt(tl.maximum(twice * twice - 8.0 * rank.to(tl.float32), 0.0))
+        low = ((twice - root) * 0.5).to(tl.int32)
+        low = tl.where(_first_pair(low, n_local) > rank, low - 1, low)
+        low = tl.where(_first_pair(low + 1, n_local) <= rank, low + 1, low)
+        group_low, group_high = base + low, base + low + rank - _first_pair(low, n_local)
+    else:
+        group_low, group_high = group, group
+    return group_low, group_high
 
 
 @triton.jit
 def _cut(
-    ends, offsets, table, n_local, n_groups, n_blocks, n_entries,
-    PAIRS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, fine_rows, coarse_rows,
+    PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Cut every group into tiles of ROWS rows: lower and higher expert (-1: unused), first row, end of the group."""
+    """Cut every group into tiles: lower and higher expert (-1: unused), first row, end of the group.
+
+    n_fine entries of tiles of fine_rows rows, then n_coarse entries of tiles of coarse_rows.
+    """
     g = tl.arange(0, GROUPS)
     here = g < n_groups
     end = tl.load(ends + (g + 1).to(tl.int64) * n_blocks - 1, mask=here, other=0)
@@ -99,68 +104,64 @@ def _cut(
     if tl.program_id(0) == 0:
         tl.store(offsets + g, start, mask=here)
         tl.store(offsets + g + 1, end, mask=g == n_groups - 1)
-    count = tl.where(here, (end - start + ROWS - 1) // ROWS, 0)
+    fine_blocks = tl.cdiv(n_fine, BLOCK)
+    fine = tl.program_id(0) < fine_blocks
+    rows = tl.where(fine, fine_rows, coarse_rows)
+    n_entries = tl.where(fine, n_fine, n_coarse)
+    t = (tl.program_id(0) - tl.where(fine, 0, fine_blocks)) * BLOCK + tl.arange(0, BLOCK)
+    entry = table + 4 * (tl.where(fine, 0, n_fine) + t)
+    count = tl.where(here, (end - start + rows - 1) // rows, 0)
     last = tl.cumsum(count, 0)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.sum(((last[None, :] <= t[:, None]) & here[None, :]).to(tl.int32), 1)
     mine = g[None, :] == owner[:, None]
     first = tl.sum(tl.where(mine, (last - count)[None, :], 0), 1)
-    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + (t - first) * ROWS
+    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + (t - first) * rows
     stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
     used, mask = owner < n_groups, t < n_entries
     low, high = _experts_of(owner, n_local, PAIRS)
-    tl.store(table + 4 * t, tl.where(used, low, -1), mask=mask)
-    tl.store(table + 4 * t + 1, tl.where(used, high, -1), mask=mask)
-    tl.store(table + 4 * t + 2, tl.where(used, row, 0), mask=mask)
-    tl.store(table + 4 * t + 3, tl.where(used, stop, 0), mask=mask)
+    tl.store(entry, tl.where(used, low, -1), mask=mask)
+    tl.store(entry + 1, tl.where(used, high, -1), mask=mask)
+    tl.store(entry + 2, tl.where(used, row, 0), mask=mask)
+    tl.store(entry + 3, tl.where(used, stop, 0), mask=mask)
 
 
 def _sort(
-    index: Tensor, n_slots: int, n_local: int, n_groups: int, pairs: bool, sizes: tuple[int, ...]
+    index: Tensor, n_slots: int, n_local: int, n_groups: int, pairs: bool, chunks: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Stable counting sort and one tile table for each size: (slots, position, offsets, tables in one)."""
+    """Stable counting sort and the tile tables: (slots, position, offsets, tables in one)."""
     block, step = (32, 16) if interpreted() else (256, 32)
     groups, n_blocks = triton.next_power_of_2(n_groups + 1), max(1, triton.cdiv(n_slots, block))
-    entries = [n_tiles(n_slots, n_groups, rows) for rows in sizes]
+    n_fine, n_coarse = n_tiles(n_slots, n_groups), n_tiles(n_slots, n_groups, CHUNK_ROWS) if chunks else 0
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=index.device)
 
-    counts, slots, position = ints(n_groups * n_blocks), ints(n_slots), ints(n_slots)
-    offsets, table = ints(n_groups + 1), ints(sum(entries), 4)
-    shape = (n_slots, n_local, n_groups, n_blocks, pairs)
-    _count[(n_blocks,)](index, counts, *shape, groups, block, num_warps=4)
+    keys, counts, slots, position = ints(n_slots), ints(n_groups * n_blocks), ints(n_slots), ints(n_slots)
+    offsets, table = ints(n_groups + 1), ints(n_fine + n_coarse, 4)
+    _count[(n_blocks,)](
+        index, keys, counts, n_slots, n_local, n_groups, n_blocks, pairs, groups, block, num_warps=4
+    )
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    _place[(n_blocks,)](index, counts, ends, slots, position, *shape, block, step, num_warps=8)
-    at = 0
-    for rows, n_entries in zip(sizes, entries, strict=True):
-        grid = (max(1, triton.cdiv(n_entries, 16)),)
-        _cut[grid](
-            ends,
-            offsets,
-            table[at:],
-            n_local,
-            n_groups,
-            n_blocks,
-            n_entries,
-            pairs,
-            rows,
-            groups,
-            16,
-            num_warps=4,
-        )
-        at += n_entries
+    _place[(n_blocks,)](
+        keys, counts, ends, slots, position, n_slots, n_groups, n_blocks, block, step, num_warps=8
+    )
+    grid = (max(1, triton.cdiv(n_fine, 16) + triton.cdiv(n_coarse, 16)),)
+    _cut[grid](
+        ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, TILE_ROWS, CHUNK_ROWS,
+        pairs, groups, 16, num_warps=4,
+    )  # fmt: skip
     return slots, position, offsets, table
 
 
 def plan(index: Tensor, n_experts: int, n_local: int, n_pairs: int) -> tuple[Tensor, ...]:
     """Body of `moeut::plan`: slots by expert, and (token, group) items by pair of experts if n_pairs > 0."""
     flat = index.reshape(-1)
-    sizes = (TILE_ROWS, CHUNK_ROWS)
-    slots, position, offsets, tiles = _sort(flat, flat.numel(), n_experts, n_experts, False, sizes)
+    slots, position, offsets, tiles = _sort(
+        flat, flat.numel(), n_experts, n_experts, pairs=False, chunks=True
+    )
     if n_pairs == 0:
         return slots, position, offsets, tiles, offsets.new_empty(0), offsets.new_empty(0, 4)
-    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_local, n_pairs, True, sizes[:1])
+    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_local, n_pairs, pairs=True, chunks=False)
     return slots, position, offsets, tiles, items, pair_tiles
 
 

@@ -71,12 +71,14 @@ def accumulate(a, b, accumulator):
 @triton.jit
 def _grouped_rows(
     rows, weight, bias, gate, out, pre, slots, table,
-    per_row, depth, width, stride_expert, stride_depth, stride_width,
+    depth, per_row: tl.constexpr, width: tl.constexpr,
+    stride_expert: tl.constexpr, stride_depth: tl.constexpr, stride_width: tl.constexpr,
     GATHER: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr,
-    PRE: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    PRE: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[r] = gate · activation(rows[r] @ weight[e] + bias[e]); GATED: times a second product, `width` columns on."""
+    EVEN_WIDTH: tl.constexpr = width % COLUMNS == 0
     expert, first, stop = tile_rows(table, SPLIT, ROWS)
     if first >= stop:
         return
@@ -159,20 +161,22 @@ def grouped_rows(
     stride_depth, stride_width = (1, depth) if transposed else (columns, 1)
     _grouped_rows[(n_tiles(n_slots, n_experts) * split, triton.cdiv(width, n_columns))](
         rows, weight, bias, gate, out, pre, slots, tiles,
-        per_row or 1, depth, width, depth * columns, stride_depth, stride_width,
-        per_row is not None, kind, gated, gate is not None, bias is not None, keep_pre,
-        depth % n_depth == 0, width % n_columns == 0, split, n_rows, n_columns, n_depth, **t.launch,
+        depth, per_row or 1, width, depth * columns, stride_depth, stride_width,
+        per_row is not None, kind, gated, gate is not None, bias is not None, keep_pre, depth % n_depth == 0,
+        split, n_rows, n_columns, n_depth, **t.launch,
     )  # fmt: skip
     return out, pre
 
 
 @triton.jit
 def _walk(
-    rows, weight, out, table, depth, width, stride_expert, stride_depth, stride_width,
-    EVEN_DEPTH: tl.constexpr, EVEN_WIDTH: tl.constexpr,
+    rows, weight, out, table, depth: tl.constexpr, width: tl.constexpr,
+    stride_expert: tl.constexpr, stride_depth: tl.constexpr, stride_width: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[r] = rows[r] @ weight[e]: a column slice of the weights is loaded once, the rows of the expert pass by."""
+    EVEN_DEPTH: tl.constexpr = depth == DEPTH
+    EVEN_WIDTH: tl.constexpr = width % COLUMNS == 0
     entry = table + 4 * tl.program_id(1)
     expert = tl.load(entry).to(tl.int64)
     if expert < 0:
@@ -219,14 +223,14 @@ def ordered_rows(
     stride_depth, stride_width = (1, depth) if transposed else (width, 1)
     _walk[(triton.cdiv(width, columns), chunks.shape[0])](
         rows, weight, out, chunks, depth, width, depth * width, stride_depth, stride_width,
-        depth == deep, width % columns == 0, t.rows, columns, deep, t.stages, num_warps=t.warps,
+        t.rows, columns, deep, t.stages, num_warps=t.warps,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _gather_sum(
-    rows, position, gate, index, bias, out, n_out, width,
+    rows, position, gate, index, bias, out, n_out, width: tl.constexpr,
     GATHER: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -278,11 +282,13 @@ def gather_sum(
 
 @triton.jit
 def _weight_gradient(
-    left, right, gate, out, slots, offsets, per_left, per_right, height, width,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr, EVEN: tl.constexpr,
+    left, right, gate, out, slots, offsets, per_left: tl.constexpr, per_right: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of a matrix, all its rows."""
+    EVEN: tl.constexpr = height % ROWS == 0 and width % COLUMNS == 0
     expert = tl.program_id(1)
     n_across = tl.cdiv(width, COLUMNS)
     m = (tl.program_id(0) // n_across) * ROWS + tl.arange(0, ROWS)
@@ -317,29 +323,21 @@ def weight_gradient(
     if out.numel() == 0:
         return out
     t = tile("weight", left)
-    n_rows, n_columns = block(height, t.rows), block(width, t.columns)
+    most_rows, most_columns = (t.rows, t.columns) if height >= width else (t.columns, t.rows)
+    n_rows, n_columns = block(height, most_rows), block(width, most_columns)
     _weight_gradient[(triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns), n_experts)](
         left, right, gate, out, slots, offsets, per_left or 1, per_right or 1, height, width,
         per_left is not None, per_right is not None, gate is not None,
-        height % n_rows == 0 and width % n_columns == 0, n_rows, n_columns, t.depth, **t.launch,
+        n_rows, n_columns, t.depth, **t.launch,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _segment_sum(
-    rows,
-    gate,
-    out,
-    slots,
-    offsets,
-    per_row,
-    width,
-    GATHER: tl.constexpr,
-    GATES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, gate, out, slots, offsets, per_row: tl.constexpr, width: tl.constexpr,
+    GATHER: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[e] = sum over the rows of e of gate · rows[r]."""
     expert = tl.program_id(0)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -390,18 +388,9 @@ def segment_sum(
 
 @triton.jit
 def _row_dots(
-    left,
-    right,
-    left_row,
-    right_row,
-    before,
-    out,
-    n_rows,
-    width,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    left, right, left_row, right_row, before, out, n_rows, width: tl.constexpr,
+    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[i] = left[left_row[i]] · right[right_row[i]] (+ before[i]), in float32."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = i < n_rows

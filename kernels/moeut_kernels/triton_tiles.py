@@ -1,7 +1,7 @@
 """Static tile sizes of the Triton kernels, by class of device and dtype. Nothing is tuned while a model runs.
 
 A device class is read off the shared memory that one block may use: "large" from 160 KiB (A100, H100 and later data
-centre parts), else "small". float32 is multiplied by ordinary arithmetic (no tf32), with smaller tiles. Under the Triton
+centre parts), else "small". float32 is multiplied by ordinary arithmetic (no tf32), with smaller tiles. Under Triton's
 interpreter all tiles are tiny, so that small tests still cross tile borders.
 """
 
