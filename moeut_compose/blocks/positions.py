@@ -43,7 +43,7 @@ class Rope(Position):
     def _angles(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.n_rotated, 2, device=device, dtype=torch.float32) / self.n_rotated
         positions = torch.arange(start, end, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, 1.0 / self.base**exponents)
+        angles = positions[:, None] * (1.0 / self.base**exponents)
         return angles.cos(), angles.sin()
 
     def rotate(self, x: Tensor, start: int) -> Tensor:

@@ -62,8 +62,7 @@ class ExpertFeedForwardSpec(Spec):
         return True
 
     def _expert_params(self, d_model: int, *, activation: Activation, bias: bool) -> int:
-        up = _up_width(self.d_expert, activation)
-        return d_model * (up + self.d_expert) + (up + d_model if bias else 0)
+        return DenseSpec(d_ff=self.d_expert, activation=activation, bias=bias).num_params(d_model)
 
     def _expert_macs(self, d_model: int, *, activation: Activation) -> int:
         return d_model * (_up_width(self.d_expert, activation) + self.d_expert)
@@ -116,7 +115,7 @@ class MoESpec(ExpertFeedForwardSpec):
     kind: Literal["moe"] = "moe"
     router: RouterSpec
     n_shared: Annotated[int, Field(ge=0)] = 0
-    """Experts of width d_expert that every token uses, outside the router's choice."""
+    """Experts of width d_expert that every token uses, outside the router's choice; one dense feedforward."""
     activation: Activation = "relu"
     bias: bool = False
     init: Literal["depth_scaled", "uniform_fan_in"] = "depth_scaled"
@@ -129,30 +128,37 @@ class MoESpec(ExpertFeedForwardSpec):
         return self
 
     @property
-    def n_active(self) -> int:
-        """Experts that a token meets: room for the router's choice, and the shared ones."""
-        return self.router.n_slots(n_experts=self.n_experts, top_k=self.top_k) + self.n_shared
+    def n_slots(self) -> int:
+        """Routed experts that a token meets."""
+        return self.router.n_slots(n_experts=self.n_experts, top_k=self.top_k)
+
+    @property
+    def shared(self) -> DenseSpec | None:
+        """The shared experts as the one dense feedforward that they are."""
+        if not self.n_shared:
+            return None
+        return DenseSpec(d_ff=self.n_shared * self.d_expert, activation=self.activation, bias=self.bias)
 
     def num_params(self, d_model: int) -> int:
-        expert = self._expert_params(d_model, activation=self.activation, bias=self.bias)
-        router = self.router.num_params(d_model=d_model, n_experts=self.n_experts)
-        return (self.n_experts + self.n_shared) * expert + router
+        return self._params(d_model, self.n_experts)
 
     def active_params(self, d_model: int) -> int:
-        expert = self._expert_params(d_model, activation=self.activation, bias=self.bias)
-        router = self.router.num_params(d_model=d_model, n_experts=self.n_experts)
-        return self.n_active * expert + router
+        return self._params(d_model, self.n_slots)
+
+    def _params(self, d_model: int, n_experts: int) -> int:
+        experts = n_experts * self._expert_params(d_model, activation=self.activation, bias=self.bias)
+        shared = self.shared.num_params(d_model) if self.shared else 0
+        return experts + shared + self.router.num_params(d_model=d_model, n_experts=self.n_experts)
 
     def macs(self, d_model: int) -> dict[str, int]:
         return {
-            "ffn": self.n_active * self._expert_macs(d_model, activation=self.activation),
+            "ffn": (self.n_slots + self.n_shared) * self._expert_macs(d_model, activation=self.activation),
             "ffn_select": self.router.macs(d_model=d_model, n_experts=self.n_experts),
         }
 
     def linear_shapes(self, d_model: int) -> list[tuple[int, int]]:
         """`(d_in, d_out)` of the dense linear maps: those of the shared experts."""
-        width = self.n_shared * self.d_expert
-        return [(d_model, _up_width(width, self.activation)), (width, d_model)] if width else []
+        return self.shared.linear_shapes(d_model) if self.shared else []
 
     def paper_macs(self, d_model: int) -> dict[str, int]:
         raise ValueError("the published formula is undefined for feedforward kind moe")

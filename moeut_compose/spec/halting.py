@@ -14,7 +14,7 @@ class NoHaltingSpec(Spec):
 
     @property
     def has_mixture(self) -> bool:
-        """Whether keys and values are read from a mixture beside the running state, after the first pass."""
+        """Whether keys and values are read from a mixture beside the running state, from the third pass on."""
         return False
 
     def num_params(self, d_model: int) -> int:

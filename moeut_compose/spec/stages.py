@@ -77,10 +77,10 @@ class StageSpec(Spec):
 
     def own_macs(self, d_model: int) -> dict[str, int]:
         """Multiply-accumulates per token of the stage itself, over all passes."""
-        later = (self.repeats - 1) * (2 if self.halting.has_mixture else 1)
+        mixtures = max(self.repeats - 2, 0) if self.halting.has_mixture else 0
         return {
             "act_gate": self.halting.macs(d_model, self.repeats),
-            "injection": self.inject.macs(d_model, n_later=later),
+            "injection": self.inject.macs(d_model, n_later=self.repeats - 1 + mixtures),
         }
 
     def members(self) -> list[LayerSpec]:
