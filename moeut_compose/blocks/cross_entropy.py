@@ -7,6 +7,7 @@ dtype, softmax and sums in at least float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,33 +23,55 @@ CHUNK = 4096
 """Tokens whose logits are held at once."""
 
 
+LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of `logits [N, V]` at `targets [N]`, and its gradient in the dtype of the logits.
+
+    The gradient is softmax - one-hot, with zero rows for ignored tokens. One pass over the logits when compiled.
+    """
+    wide = at_least_float32(logits)
+    counted = (targets != IGNORED)[:, None]
+    wanted = targets.clamp_min(0)[:, None]
+    spread = torch.logsumexp(wide, -1, keepdim=True)
+    losses = spread - wide.gather(-1, wanted)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    gradient = ((wide - spread).exp() - (columns == wanted).to(wide.dtype)) * counted
+    return (losses * counted).sum(), gradient.to(logits.dtype)
+
+
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int = CHUNK
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    chunk: int = CHUNK,
+    of_chunk: LossAndGradient = loss_and_gradient,
 ) -> Tensor:
     """Mean cross entropy in nats of logits `x @ weight.T + bias` at `targets`, a scalar of at least float32.
 
     x: [N, D]. weight: [V, D]. bias: [V] or None. targets: [N] integers, -100 to leave a token out. Without any
-    target the mean is NaN, as in PyTorch.
+    target the mean is NaN, as in PyTorch. `of_chunk` may be a compiled `loss_and_gradient`.
     """
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if not torch.is_grad_enabled():
-        losses = [_chunk_loss(*parts)[0] for parts in _chunks(x, weight, bias, targets, chunk)]
-        return torch.stack(losses).sum() / (targets != IGNORED).sum()
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, chunk)
+    if torch.is_grad_enabled():
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, targets, chunk, of_chunk)
+        return loss
+    losses = [of_chunk(logits, wanted)[0] for _, logits, wanted in _chunks(x, weight, bias, targets, chunk)]
+    return torch.stack(losses).sum() / (targets != IGNORED).sum()
 
 
-def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Any:
+def _chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states, logits and targets of one chunk after the other."""
     matrix = weight.to(x.dtype)
     offset = None if bias is None else bias.to(x.dtype)
     for part, wanted in zip(x.split(chunk), targets.split(chunk), strict=True):
-        yield part, matrix, offset, wanted
-
-
-def _chunk_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and its logits."""
-    logits = at_least_float32(F.linear(x, weight, bias))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"), logits
+        yield part, F.linear(part, matrix, offset), wanted
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,24 +79,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        of_chunk: LossAndGradient,
     ) -> Tensor:
-        n_targets = (targets != IGNORED).sum()
+        matrix = weight.to(x.dtype)
         d_x = torch.empty_like(x)
         d_weight = torch.zeros_like(weight)
         d_bias = None if bias is None else torch.zeros_like(bias)
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        for place, parts in enumerate(_chunks(x, weight, bias, targets, chunk)):
-            part, matrix, _, wanted = parts
-            loss, logits = _chunk_loss(*parts)
+        for place, (part, logits, wanted) in enumerate(_chunks(x, matrix, bias, targets, chunk)):
+            loss, d_logits = of_chunk(logits, wanted)
             total += loss
-            d_logits = _logit_gradients(logits, wanted).to(x.dtype)
-            d_x[place * chunk : place * chunk + part.shape[0]] = d_logits @ matrix
+            torch.mm(d_logits, matrix, out=d_x[place * chunk : place * chunk + part.shape[0]])
             d_weight += d_logits.t() @ part
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=d_bias.dtype)
-        ctx.save_for_backward(d_x, d_weight, d_bias, n_targets)
-        return total / n_targets
+        ctx.save_for_backward(d_x, d_weight, d_bias, (targets != IGNORED).sum())
+        return total / (targets != IGNORED).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,13 +112,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias * grad.to(d_bias.dtype),
             None,
             None,
+            None,
         )
-
-
-def _logit_gradients(logits: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the summed loss: softmax - one-hot, zero rows for ignored tokens."""
-    probabilities = torch.softmax(logits, -1)
-    counted = (targets != IGNORED)[:, None]
-    rows = torch.arange(targets.shape[0], device=targets.device)
-    probabilities[rows, targets.clamp_min(0)] -= 1.0
-    return probabilities * counted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeut_compose.blocks.cache import Cache, Memory
-from moeut_compose.blocks.cross_entropy import linear_cross_entropy
+from moeut_compose.blocks.cross_entropy import LossAndGradient, linear_cross_entropy, loss_and_gradient
 from moeut_compose.blocks.initialisation import normal_, uniform_
 from moeut_compose.blocks.stages import Stage
 from moeut_compose.blocks.stats import Stats, under
@@ -49,6 +49,7 @@ class LanguageModel(nn.Module):
         tied_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.loss_and_gradient: LossAndGradient = loss_and_gradient
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.embedding_scale = embedding_scale
         self.embedding_norm = embedding_norm
@@ -111,4 +112,6 @@ class LanguageModel(nn.Module):
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
         bias = self.tied_bias if self.head is None else self.head.bias
-        return linear_cross_entropy(x.flatten(0, 1), weight, bias, targets.flatten())
+        return linear_cross_entropy(
+            x.flatten(0, 1), weight, bias, targets.flatten(), of_chunk=self.loss_and_gradient
+        )

@@ -88,10 +88,14 @@ class LinearRouter(BalancedRouter):
     def reset_parameters(self, *, scale: float) -> None:
         normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
 
+    def scores(self, x: Tensor) -> Tensor:
+        """`[B, T, H, E]` of `x [B, T, D]`, in the dtype of the product."""
+        columns = mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]]
+        return columns.reshape(*x.shape[:-1], self.n_heads, self.n_experts)
+
     def logits(self, x: Tensor) -> Tensor:
-        """`[B, T, H, E]` of `x [B, T, D]`."""
-        logits = mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]]
-        return at_least_float32(logits).reshape(*x.shape[:-1], self.n_heads, self.n_experts)
+        """`[B, T, H, E]` of `x [B, T, D]`, in at least float32."""
+        return at_least_float32(self.scores(x))
 
 
 class SigmoidRouter(LinearRouter):
@@ -129,13 +133,14 @@ class SigmoidRouter(LinearRouter):
             keep_row_deviations_(self.weight)
 
     def forward(self, x: Tensor, alive: Alive | None) -> Routing:
-        logits = self.logits(x)
+        scores = self.scores(x)
+        logits = at_least_float32(scores)
         if self.training and self.expert_dropout:
             candidates = self.hide(logits)
             _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
             gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
         else:
-            index, gate = mk.topk_sigmoid(logits, self.top_k)
+            index, gate = mk.topk_sigmoid(scores, self.top_k)
         return self.routing(logits, index, gate, alive)
 
 

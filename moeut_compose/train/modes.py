@@ -32,7 +32,8 @@ def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
 
 
 def compile_layers(model: LanguageModel) -> None:
-    """Compile every layer with weights of its own, once, however often it runs."""
+    """Compile every layer with weights of its own, once, however often it runs, and the loss of a chunk."""
+    model.loss_and_gradient = torch.compile(model.loss_and_gradient)
     for module in model.modules():
         if isinstance(module, Layer):
             module.compile()

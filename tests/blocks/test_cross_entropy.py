@@ -19,13 +19,15 @@ def test_equals_the_plain_loss(chunk: int, has_bias: bool) -> None:
     targets[4:9] = -100
     inputs = (x, weight, bias) if has_bias else (x, weight)
     plain = F.cross_entropy(F.linear(*inputs), targets)
-    chunked = linear_cross_entropy(x, weight, bias if has_bias else None, targets, chunk)
+    chunked = linear_cross_entropy(x, weight, bias if has_bias else None, targets, chunk=chunk)
     torch.testing.assert_close(chunked, plain)
     wanted = torch.autograd.grad(3.0 * plain, inputs)
     got = torch.autograd.grad(3.0 * chunked, inputs)
     torch.testing.assert_close(got, wanted)
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(x, weight, bias if has_bias else None, targets, chunk), plain)
+        torch.testing.assert_close(
+            linear_cross_entropy(x, weight, bias if has_bias else None, targets, chunk=chunk), plain
+        )
 
 
 def test_autocast_computes_logits_in_the_lower_precision() -> None:
