@@ -10,11 +10,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
+# The first Python that is new enough
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; exit; fi; done; echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt hatch_build.py
+PARALLEL ?= --numprocesses 2 --dist loadfile
 ARGS ?=
 
 .PHONY: help install train test check schemas format clean
@@ -25,7 +28,7 @@ help:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "moeut-compose needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(REQUIREMENTS) | $(BIN)/python
 	$(PIP) install --quiet --upgrade "pip>=25.1"
@@ -46,14 +49,14 @@ train: $(VENV)/installed
 	$(BIN)/moeut-compose train moeut_tiny --recipe quickstart $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 schemas: $(VENV)/installed
 	$(BIN)/moeut-compose schema architecture > schemas/architecture.json

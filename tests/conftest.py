@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# The tensors of tests are small, and threads that wait for each other take longer than the work: set before torch starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
