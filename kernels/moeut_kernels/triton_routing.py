@@ -23,7 +23,7 @@ def _count(
     index, keys, counts, n_slots, n_local, n_groups, n_blocks,
     PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """keys[s]: the group of a slot, and counts[g, b]: how many slots of block b belong to group g.
+    """keys[s]: group · BLOCK + place in its block, and counts[g, b]: how many slots of block b belong to group g.
 
     The group is the expert. With PAIRS a slot is an item of two choices, and its group the rank of its unordered pair
     among all: (0,0), (0,1) ... (1,1), (1,2) ... Pairs lie within blocks of n_local experts; ranks go on across blocks.
@@ -40,31 +40,31 @@ def _count(
         key = tl.where(mask, start + tl.maximum(first, second) - low, n_groups)
     else:
         key = tl.load(index + slot, mask=mask, other=n_groups).to(tl.int32)
-    tl.store(keys + slot, key, mask=mask)
+    tl.store(keys + slot, key * BLOCK + tl.arange(0, BLOCK), mask=mask)
     g = tl.arange(0, GROUPS)
     tl.store(counts + g.to(tl.int64) * n_blocks + b, tl.histogram(key, GROUPS), mask=g < n_groups)
 
 
 @triton.jit
-def _place(
-    keys, counts, ends, slots, position, n_slots, n_groups, n_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr
-):
+def _place(keys, counts, ends, slots, position, n_slots, n_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """Place of a slot: where its (group, block) starts, plus its rank among equals in the block.
 
-    The rank compares all pairs of the block; the compared slots run down the rows, so that a thread adds its own
-    column and nothing is exchanged.
+    The rank compares all pairs of the block. Keys hold group · BLOCK + i, so that one unsigned comparison says both
+    "same group" and "earlier". The compared slots run down the rows: a thread adds its own column, nothing is exchanged.
     """
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     slot = b * BLOCK + i
     mask = slot < n_slots
-    key = tl.load(keys + slot, mask=mask, other=n_groups)
+    key = tl.load(keys + slot, mask=mask, other=0)
+    before = key - 1
     rank = tl.zeros((BLOCK,), tl.int32)
     for at in range(0, BLOCK, STEP):
-        j = at + tl.arange(0, STEP)
-        other = tl.load(keys + b * BLOCK + j, mask=b * BLOCK + j < n_slots, other=n_groups)
-        rank += tl.sum(((other[:, None] == key[None, :]) & (j[:, None] < i[None, :])).to(tl.int32), 0)
-    cell = key.to(tl.int64) * n_blocks + b
+        earlier = b * BLOCK + at + tl.arange(0, STEP)
+        other = tl.load(keys + earlier, mask=earlier < n_slots, other=-1)
+        distance = (before[None, :] - other[:, None]).to(tl.uint32, bitcast=True)
+        rank += tl.sum((distance < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
+    cell = (key // BLOCK).to(tl.int64) * n_blocks + b
     start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
     place = start + rank
     tl.store(slots + place, slot, mask=mask)
@@ -129,7 +129,7 @@ def _sort(
     index: Tensor, n_slots: int, n_local: int, n_groups: int, pairs: bool, chunks: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stable counting sort and the tile tables: (slots, position, offsets, tables in one)."""
-    block, step = (32, 16) if interpreted() else (256, 32)
+    block, step = (32, 16) if interpreted() else (256, 16)
     groups, n_blocks = triton.next_power_of_2(n_groups + 1), max(1, triton.cdiv(n_slots, block))
     n_fine, n_coarse = n_tiles(n_slots, n_groups), n_tiles(n_slots, n_groups, CHUNK_ROWS) if chunks else 0
 
@@ -142,9 +142,7 @@ def _sort(
         index, keys, counts, n_slots, n_local, n_groups, n_blocks, pairs, groups, block, num_warps=4
     )
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    _place[(n_blocks,)](
-        keys, counts, ends, slots, position, n_slots, n_groups, n_blocks, block, step, num_warps=8
-    )
+    _place[(n_blocks,)](keys, counts, ends, slots, position, n_slots, n_blocks, block, step, num_warps=8)
     grid = (max(1, triton.cdiv(n_fine, 16) + triton.cdiv(n_coarse, 16)),)
     _cut[grid](
         ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, TILE_ROWS, CHUNK_ROWS,
@@ -167,14 +165,14 @@ def plan(index: Tensor, n_experts: int, n_local: int, n_pairs: int) -> tuple[Ten
 
 @triton.jit
 def _choose(
-    logits, index, gate, n_rows, width, n_experts, top_k,
+    logits, index, gate, n_rows, stride, n_experts, top_k,
     SOFTMAX: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Largest logits of each row by sorting unique keys: the ordered bits of the value above the reversed column."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     value = tl.load(
-        logits + row.to(tl.int64)[:, None] * width + column[None, :],
+        logits + row.to(tl.int64)[:, None] * stride + column[None, :],
         mask=(row < n_rows)[:, None] & (column < n_experts)[None, :],
         other=-float("inf"),
     )
@@ -237,13 +235,14 @@ def _choose_backward(
 
 def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """Body of `moeut::topk`: logits [R, width] -> index int64 [R, K], gate float32 [R, K]."""
-    n_rows, width = logits.shape
+    n_rows = logits.shape[0]
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     index = torch.empty(n_rows, top_k, dtype=torch.int64, device=logits.device)
     gate = torch.empty(n_rows, top_k, dtype=torch.float32, device=logits.device)
     columns, rows = max(2, triton.next_power_of_2(n_experts)), 8 if interpreted() else 2
     if n_rows:
         _choose[(triton.cdiv(n_rows, rows),)](
-            logits, index, gate, n_rows, width, n_experts, top_k,
+            logits, index, gate, n_rows, logits.stride(0), n_experts, top_k,
             softmax, logits.dtype.itemsize == 2, columns, triton.next_power_of_2(top_k), rows, num_warps=1,
         )  # fmt: skip
     return index, gate

@@ -231,6 +231,17 @@ def test_topk(choose, dtype, top_k, n_experts, width):
     )
 
 
+@pytest.mark.parametrize("columns", [slice(0, 11), slice(3, 14), slice(0, 16, 2)])
+def test_topk_of_rows_that_do_not_touch(columns):
+    """Logits are a slice of padded ones: their rows lie further apart than they are long."""
+    padded = torch.randn(9, 1, 16).to(DEVICE)
+    logits = padded[..., columns].reshape(9, 1, -1)
+    index, gate = mk.topk_sigmoid(logits, 3)
+    expected = logits.cpu().topk(3, dim=-1)
+    assert torch.equal(index.cpu(), expected.indices)
+    torch.testing.assert_close(gate.cpu(), expected.values.sigmoid())
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow for sizes that fill real tiles")
 @pytest.mark.parametrize("draw", range(20))
 def test_drawn_shapes_fill_real_tiles(cases, draw):
