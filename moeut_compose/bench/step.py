@@ -95,7 +95,7 @@ def measure_step(
         torch.cuda.reset_peak_memory_stats(device)
     times, loss = [], float("nan")
     for index in range(steps):
-        elapsed, values = _timed(lambda index=index: trainer.train_step(batches[index % N_BATCHES]), device)
+        elapsed, values = _timed(lambda index=index: trainer.train_step(batches[index % N_BATCHES]), device)  # type: ignore[misc]
         times.append(elapsed)
         loss = float(values["loss"])
     if profile is not None:

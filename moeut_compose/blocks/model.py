@@ -89,7 +89,10 @@ class LanguageModel(nn.Module):
         for index, stage in enumerate(self.stages):
             done = len(memories)
             run = stage(
-                x, start=start, past=past[done : done + len(stage.schedule)], remember=cache is not None
+                x,
+                start=start,
+                past=past[done : done + len(stage.schedule)],
+                remember=cache is not None,  # type: ignore[arg-type]
             )
             x = run.hidden
             losses |= under(f"stages.{index}", run.losses)

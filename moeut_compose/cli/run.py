@@ -1,13 +1,14 @@
 """`train`, `evaluate` and `generate`: the commands that make runs and use them."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeut_compose.cli.arguments import JsonOption, OverridesArgument, check_overrides
-from moeut_compose.cli.failures import leaving_on_interrupt, wrong_usage
+from moeut_compose.cli.failures import complain, leaving_on_interrupt, wrong_usage
 from moeut_compose.cli.output import print_json
 from moeut_compose.spec.find import NotFound, did_you_mean, nearest
 from moeut_compose.spec.io import is_override, load_recipe, load_spec, split_overrides
@@ -274,7 +275,10 @@ def _load_run(path: Path, device: str) -> "Run":
     from moeut_compose.train.device import choose_device
     from moeut_compose.train.run import load_run
 
-    return load_run(path, device=choose_device(_device(device)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+        return load_run(path, device=choose_device(_device(device)))
 
 
 def _device(name: str) -> "str | torch.device":

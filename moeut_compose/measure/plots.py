@@ -27,7 +27,7 @@ def plot_comparison(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, height + (3.8 if trained else 0)), layout="constrained")
     FigureCanvasAgg(figure)
     if trained:
-        upper, lower = figure.subfigures(2, 1, height_ratios=(height, 3.8))
+        upper, lower = figure.subfigures(2, 1, height_ratios=(height, 3.8))  # type: ignore[misc]
         _draw_losses(lower.subplots(1, 2, sharey=True), trained)
     else:
         upper = figure

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from moeut_compose.spec.base import Count, Spec
+from moeut_compose.spec.loops import LoraSpec
 from moeut_compose.spec.norms import LayerNormSpec, NormSpec
 from moeut_compose.spec.positions import PositionSpec, RopeSpec
-from moeut_compose.spec.loops import LoraSpec
 from moeut_compose.spec.stages import LayerSpec, StageSpec
 
 
@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
     path: str
     stage: int
-    index: int
+    index: int  # type: ignore[assignment]
     layer: LayerSpec
     norm: NormSpec
     position: PositionSpec

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,20 +145,35 @@ def test_training_that_cannot_start_says_why_in_one_line(
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["weights", "architecture"])
-def test_a_damaged_run_is_refused(trained: Path, cli, name: str, tmp_path: Path) -> None:
-    import shutil
-
+def test_a_run_without_a_whole_checkpoint_is_refused(trained: Path, cli) -> None:
     shutil.copytree(trained, "damaged")
-    if name == "weights":
-        for file in Path("damaged/checkpoints").rglob("*.safetensors"):
-            file.write_bytes(b"nothing")
-    else:
-        Path("damaged/architecture.yaml").unlink()
-    result = cli("generate", "damaged")
+    for file in Path("damaged/checkpoints").rglob("*.safetensors"):
+        file.write_bytes(b"nothing")
+    result = cli("generate", "damaged", "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (1, "")
+    warning, error = result.stderr.splitlines()
+    assert warning.startswith("warning: damaged/checkpoints/step-00000002: ")
+    assert error.startswith("error: damaged")
+
+
+def test_a_run_goes_back_to_its_last_whole_checkpoint(trained: Path, cli) -> None:
+    shutil.copytree(trained, "damaged")
+    assert cli("train", "damaged", "recipe.steps=3", "--device", "cpu").exit_code == 0
+    (newest,) = Path("damaged/checkpoints/step-00000003").glob("*.safetensors")
+    newest.write_bytes(b"nothing")
+    result = cli("generate", "damaged", "--max-new-tokens", "2", "--device", "cpu")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (0, 1)
+    assert result.stderr.startswith("warning: damaged/checkpoints/step-00000003: ")
+
+
+def test_a_folder_that_is_no_run_is_refused(trained: Path, cli) -> None:
+    shutil.copytree(trained, "damaged")
+    Path("damaged/architecture.yaml").unlink()
+    result = cli("generate", "damaged", "--device", "cpu")
     assert result.exit_code in (1, 2)
     assert result.stdout == ""
-    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert result.stderr.startswith("error: damaged")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_dry_run_builds_no_data(cli, cli_json, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
