@@ -88,12 +88,8 @@ class LanguageModel(nn.Module):
         memories: tuple[Memory, ...] = ()
         for index, stage in enumerate(self.stages):
             done = len(memories)
-            run = stage(
-                x,
-                start=start,
-                past=past[done : done + len(stage.schedule)],
-                remember=cache is not None,  # type: ignore[arg-type]
-            )
+            end = done + len(stage.schedule)  # type: ignore[arg-type]
+            run = stage(x, start=start, past=past[done:end], remember=cache is not None)
             x = run.hidden
             losses |= under(f"stages.{index}", run.losses)
             stats |= under(f"stages.{index}", run.stats)
