@@ -19,7 +19,8 @@ from moeut_compose.cli.arguments import (
 from moeut_compose.cli.failures import FAILED, USAGE, complain, wrong_usage
 from moeut_compose.cli.output import as_json_text, print_json
 from moeut_compose.spec.find import Kind, NotFound, find, name_of, singular
-from moeut_compose.spec.io import load_as, load_spec, model_of, shown, split_overrides
+from moeut_compose.spec.inherit import shown
+from moeut_compose.spec.io import load_as, load_spec, model_of, split_overrides
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.problems import Problem, SpecError
 from moeut_compose.spec.schema import json_schema

@@ -15,7 +15,8 @@ from moeut_compose.cli.output import print_json, print_table
 from moeut_compose.spec.base import Spec
 from moeut_compose.spec.dump import dump_yaml
 from moeut_compose.spec.find import KINDS, Kind, list_specs, with_article
-from moeut_compose.spec.io import load_as, model_of, shown
+from moeut_compose.spec.inherit import shown
+from moeut_compose.spec.io import load_as, model_of
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.nodes import Scalar
 from moeut_compose.spec.problems import Place

@@ -1,16 +1,15 @@
-"""`train`, `evaluate` and `generate`: the commands that make runs and use them."""
+"""`train`: an architecture and a recipe become a run."""
 
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeut_compose.cli.arguments import JsonOption, OverridesArgument, check_overrides
-from moeut_compose.cli.failures import complain, leaving_on_interrupt, wrong_usage
+from moeut_compose.cli.arguments import OverridesArgument, check_overrides
+from moeut_compose.cli.devices import DeviceOption, import_torch, named_device
+from moeut_compose.cli.failures import wrong_usage
 from moeut_compose.cli.output import print_json
-from moeut_compose.spec.find import NotFound, did_you_mean, nearest
 from moeut_compose.spec.io import is_override, load_recipe, load_spec, split_overrides
 
 if TYPE_CHECKING:
@@ -19,13 +18,8 @@ if TYPE_CHECKING:
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.folder import Resume
-    from moeut_compose.train.run import Run
 
 DEFAULT_RECIPE = "default"
-TASKS = ("perplexity",)
-
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 
 
 def train(
@@ -79,8 +73,8 @@ def train(
         out = Path(spec)
     architecture = load_spec(spec if spec is not None else str(way), architecture_changes)
     chosen_recipe = load_recipe(recipe or _earlier_recipe(out, way), recipe_changes)
-    _import_torch()
-    place = _device(device)
+    import_torch()
+    place = named_device(device)
     if dry_run:
         _print_plan(architecture, chosen_recipe, place, as_json=as_json)
     else:
@@ -91,7 +85,7 @@ def _earlier_recipe(out: Path | None, resume: "Resume") -> str:
     """The recipe of the run that is gone on with, or the default one."""
     if out is None and not isinstance(resume, Path):
         return DEFAULT_RECIPE
-    _import_torch()
+    import_torch()
     from moeut_compose.train.folder import resume_folder
 
     return str(resume_folder(out, resume) or DEFAULT_RECIPE)
@@ -151,145 +145,3 @@ def _print_plan(
         from moeut_compose.cli.plan import print_plan
 
         print_plan(plan)
-
-
-def evaluate(
-    run: RunArgument,
-    tasks: Annotated[str, typer.Option(metavar="TASK,...", help=f"Of: {', '.join(TASKS)}.")] = "perplexity",
-    windows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Windows of held-out text; default: the recipe's.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Windows at once; changes no result.")
-    ] = 8,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the perplexity of a trained run on its held-out text.
-
-    **Example**
-
-    - `moeut-compose evaluate runs/20260101-120000-moeut_tiny --json`
-    """
-    unknown = [task for task in tasks.split(",") if task not in TASKS]
-    if unknown:
-        raise wrong_usage(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}")
-    _import_torch()
-    path = _run_folder(run)
-    from moeut_compose.evaluate.perplexity import evaluate_run
-    from moeut_compose.progress import make_reporter
-
-    loaded = _load_run(path, device)
-    result = evaluate_run(loaded, windows=windows, batch_size=batch_size, reporter=make_reporter())
-    if as_json:
-        print_json({"name": loaded.spec.name, "run": str(loaded.path), **result})
-        return
-    print(f"{loaded.spec.name} at step {result['step']:,}, {result['tokens']:,} tokens of held-out text")
-    print(f"perplexity     {result['perplexity']:.3f}")
-    print(f"cross entropy  {result['cross_entropy']:.4f} nats per token")
-    print(f"bits per byte  {result['bits_per_byte']:.4f}")
-
-
-def generate(
-    run: RunArgument,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=0)] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among tokens of this joint probability.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Let a trained run continue a text.
-
-    **Example**
-
-    - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
-    """
-    _import_torch()
-    path = _run_folder(run)
-    from moeut_compose.generate import generate as write
-
-    loaded = _load_run(path, device)
-    try:
-        text = write(
-            loaded.model,
-            loaded.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stream=_ignore if as_json else _say,
-        )
-    except ValueError as error:
-        raise wrong_usage(str(error)) from None
-    if as_json:
-        print_json(
-            {
-                "name": loaded.spec.name,
-                "run": str(loaded.path),
-                "step": loaded.step,
-                "prompt": prompt,
-                "text": text,
-            }
-        )
-    else:
-        print()
-
-
-def _import_torch() -> None:
-    """The slow part of every command here."""
-    with leaving_on_interrupt():
-        import torch  # noqa: F401
-
-
-def _say(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _ignore(text: str) -> None:
-    pass
-
-
-def _run_folder(name: str) -> Path:
-    """The folder that RUN names, also by its last part below the folder of runs. Raises `NotFound`."""
-    from moeut_compose.train.folder import runs_root
-
-    for path in (Path(name).expanduser(), runs_root() / name):
-        if path.exists():
-            return path
-    known = [path.name for path in sorted(runs_root().glob("*"), reverse=True) if path.is_dir()]
-    raise NotFound(f"{name}: no such run{did_you_mean(nearest(Path(name).name, known))}")
-
-
-def _load_run(path: Path, device: str) -> "Run":
-    from moeut_compose.train.device import choose_device
-    from moeut_compose.train.run import load_run
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
-        return load_run(path, device=choose_device(_device(device)))
-
-
-def _device(name: str) -> "str | torch.device":
-    if name == "auto":
-        return name
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise wrong_usage(f"--device {name}: not a device; write auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise wrong_usage(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device

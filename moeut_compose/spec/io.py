@@ -5,7 +5,6 @@ validates the plain data, and what Pydantic complains of is found again in the t
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -17,11 +16,11 @@ from pydantic import ValidationError
 from moeut_compose.spec.base import Spec
 from moeut_compose.spec.dump import dump_yaml
 from moeut_compose.spec.explain import explain
-from moeut_compose.spec.find import SUFFIXES, Kind, NotFound, find, with_article
+from moeut_compose.spec.find import Kind, NotFound, find, with_article
+from moeut_compose.spec.inherit import Reader
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.nodes import (
     Entry,
-    ListNode,
     MapNode,
     Node,
     Reach,
@@ -34,7 +33,7 @@ from moeut_compose.spec.nodes import (
 )
 from moeut_compose.spec.problems import COMMAND_LINE, Place, Problem, SpecError
 from moeut_compose.spec.shapes import Shape
-from moeut_compose.spec.yaml import parse_document, parse_value, read_document
+from moeut_compose.spec.yaml import parse_value, read_document
 
 if TYPE_CHECKING:
     from moeut_compose.spec.recipe import RecipeSpec
@@ -88,14 +87,14 @@ def load_as(
     model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()
 ) -> AnySpec:
     """What `load_spec` and `load_recipe` do, for any spec that lives among the specs of `kind`."""
-    reader = _Reader(kind, Shape.of(model))
+    reader = Reader(kind, Shape.of(model))
     tree = reader.file(find(str(name_or_path), kind))
     return _validated(model, reader, tree, overrides)
 
 
 def parse_spec(text: str, overrides: Sequence[str] = (), *, file: str = "<text>") -> ModelSpec:
     """An architecture from YAML text, such as the one stored in a checkpoint. Raises `SpecError`."""
-    reader = _Reader("architectures", Shape.of(ModelSpec))
+    reader = Reader("architectures", Shape.of(ModelSpec))
     tree = reader.document(text.encode(), file, Path())
     return _validated(ModelSpec, reader, tree, overrides)
 
@@ -128,7 +127,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def _validated(
-    model: type[AnySpec], reader: "_Reader", tree: MapNode | None, overrides: Sequence[str]
+    model: type[AnySpec], reader: Reader, tree: MapNode | None, overrides: Sequence[str]
 ) -> AnySpec:
     problems = reader.problems
     if tree is not None:
@@ -148,94 +147,6 @@ def _validated(
                 return spec
     files = list(dict.fromkeys([*reader.files, *(problem.file for problem in problems)]))
     raise SpecError(sorted(problems, key=lambda p: (files.index(p.file), p.line, p.column)))
-
-
-class _Reader:
-    """Reads a file and all that it extends, and collects what is wrong on the way."""
-
-    def __init__(self, kind: Kind, shape: Shape) -> None:
-        self.kind = kind
-        self.shape = shape
-        self.problems: list[Problem] = []
-        self.files: list[str] = []
-        self.is_partial = False
-        """True when a file could not be read or found, so that keys may be missing for this reason alone."""
-        self._open: list[Path] = []
-        self._complained: set[Path] = set()
-
-    def file(self, path: Path) -> MapNode | None:
-        """The tree of one file with everything it extends below it; None if the file cannot be used."""
-        self.files.append(shown(path))
-        document = read_document(path, shown(path))
-        return self._merged(document.root, document.problems, path)
-
-    def document(self, data: bytes, file: str, path: Path) -> MapNode | None:
-        document = parse_document(data, file)
-        return self._merged(document.root, document.problems, path)
-
-    def _merged(self, root: MapNode | None, problems: list[Problem], path: Path) -> MapNode | None:
-        if path not in self._complained:
-            self.problems += problems
-            self._complained.add(path)
-        if root is None:
-            self.is_partial = True
-            return None
-        entries = dict(root.entries)
-        extends = entries.pop("extends", None)
-        base: Node | None = None
-        self._open.append(path.resolve())
-        for name in self._extended(extends):
-            parent = self._parent(name, path)
-            if parent is not None:
-                base = lay_over(base, parent, self.shape, (), self.problems)
-        self._open.pop()
-        whole = lay_over(base, MapNode(entries, root.place), self.shape, (), self.problems)
-        assert isinstance(whole, MapNode)
-        return whole
-
-    def _extended(self, entry: Entry | None) -> list[Scalar]:
-        if entry is None:
-            return []
-        nodes = entry.node.items if isinstance(entry.node, ListNode) else (entry.node,)
-        names = [node for node in nodes if isinstance(node, Scalar) and isinstance(node.value, str)]
-        if len(names) < len(nodes) and not (isinstance(entry.node, Scalar) and entry.node.value is None):
-            self._complain(entry.node.place, "expected a name, a path, or a list of them")
-        return names
-
-    def _parent(self, name: Scalar, child: Path) -> MapNode | None:
-        """The tree of one extended spec: a path relative to the file that names it, or else a name."""
-        try:
-            path = _beside(child, str(name.value)) or find(str(name.value), self.kind)
-        except NotFound as error:
-            self._complain(name.place, str(error))
-            return None
-        if path.resolve() in self._open:
-            circle = self._open[self._open.index(path.resolve()) :]
-            names = " -> ".join(shown(link) for link in (*circle, path))
-            self._complain(name.place, f"goes round in a circle: {names}")
-            return None
-        return self.file(path)
-
-    def _complain(self, place: Place, message: str) -> None:
-        self.is_partial = True
-        self.problems.append(Problem.at(place, "extends", message))
-
-
-def shown(path: Path) -> str:
-    """How messages name a file: relative to the current folder if it lies below it."""
-    absolute, here = Path(os.path.abspath(path)), Path.cwd()
-    if path.is_absolute() and (here == Path(here.anchor) or not absolute.is_relative_to(here)):
-        return str(absolute)
-    return os.path.relpath(absolute, here)
-
-
-def _beside(child: Path, name: str) -> Path | None:
-    """The file that a name means relative to the file that extends it."""
-    path = child.parent / Path(name).expanduser()
-    candidates = (
-        [path] if path.suffix in SUFFIXES else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
-    )
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _override_patches(overrides: Sequence[str], kind: Kind, problems: list[Problem]) -> list[Reach]:
