@@ -10,6 +10,7 @@ from moeut_compose.cli.author import new, schema, validate
 from moeut_compose.cli.browse import ls, show
 from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.failures import Commands
+from moeut_compose.cli.interchange import import_
 from moeut_compose.cli.run import train
 from moeut_compose.cli.use import evaluate, generate
 from moeut_compose.cli.versus import compare, match
@@ -55,3 +56,4 @@ def main(
 
 for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
     app.command()(command)
+app.command("import")(import_)

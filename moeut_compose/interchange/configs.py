@@ -1,17 +1,21 @@
 """Configurations of the original code as architectures.
 
-The two repositories differ where the config is silent: the clean release has peri norm, ABAB sharing and, with one
-attention expert, an output gate only; the training code says its norm and sharing and keeps both gates.
+The keys are those of `MoEUTLM` of the clean release; `arguments.py` turns the command line of the training
+code into the same keys. Where a config is silent, the two repositories differ: the clean release has peri
+norm, ABAB sharing and, with one attention expert, an output gate only; the training code says its norm and
+sharing and keeps both gates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from moeut_compose.interchange.names import Origin as Origin
 from moeut_compose.spec.model import ModelSpec
 
-Origin = Literal["moeut", "moeut-training"]
+CLEAN_DEFAULTS: Mapping[str, Any] = {"group_size": 2, "ff_k": 8, "ff_expert_size": 128, "att_k": 2}
+"""What `MoEUTLM` takes where a profile is silent."""
 
 ENTROPY_REG = 0.01
 ATTENTION_ENTROPY_REG = 0.001
@@ -22,9 +26,10 @@ def spec_from_config(
 ) -> ModelSpec:
     """The architecture that an original configuration describes.
 
-    Raises ValueError naming the key if the config lacks one that its family needs, `pydantic.ValidationError` if its
-    values cannot be combined.
+    Raises ValueError naming the key if the config lacks one that its family needs, `pydantic.ValidationError`
+    if its values cannot be combined.
     """
+    config = {**CLEAN_DEFAULTS, **config} if origin == "moeut" else config
     try:
         layer = _layer(config, origin)
         group_size, depth = config.get("group_size", config["n_layers"]), config["n_layers"]
@@ -33,15 +38,7 @@ def spec_from_config(
     if depth % group_size:
         raise ValueError(f"n_layers={depth} is not a multiple of group_size={group_size}")
     placement = config.get("norm", "peri")
-    is_sut = "att_expert_size" in config
-    stage: dict[str, Any] = {
-        "pattern": config.get("group_pattern", "abab").upper(),
-        "repeats": depth // group_size,
-        "layers": [{"count": group_size, **layer}],
-    }
-    if config.get("halting") == "act":
-        stage["halting"] = {"kind": "act", "weight": config.get("act_loss", 0.01)}
-    position = {"kind": "relative", "max_distance": config.get("max_relative_positions", 64)}
+    scaled = config.get("scaled_embedding", placement == "post")
     return ModelSpec.model_validate(
         {
             "name": name,
@@ -49,15 +46,35 @@ def spec_from_config(
             "context_length": context_length,
             "d_model": config["d_model"],
             "embedding": {
-                "scale": "sqrt_d_model" if placement == "post" else 1,
+                "scale": "sqrt_d_model" if scaled else 1,
                 "norm": "layer_norm" if config.get("norm_input") else "none",
             },
             "norm": {"kind": "layer_norm", "placement": placement},
-            "position": position if is_sut else {"kind": "rope"},
-            "stages": [stage],
-            "final_norm": placement != "post",
+            "position": _position(config),
+            "stages": [
+                {
+                    "pattern": config.get("group_pattern", "abab").upper(),
+                    "repeats": depth // group_size,
+                    "layers": [{"count": group_size, **layer}],
+                    "halting": _halting(config),
+                }
+            ],
+            "final_norm": config.get("final_norm", placement != "post"),
         }
     )
+
+
+def _position(config: Mapping[str, Any]) -> dict[str, Any]:
+    if "att_expert_size" in config:
+        return {"kind": "relative", "max_distance": config.get("max_relative_positions", 64)}
+    fraction, base = config.get("rotate_fraction", 0.5), config.get("rope_base", 10000.0)
+    return {"kind": "rope", "fraction": fraction, "base": base}
+
+
+def _halting(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("halting") != "act":
+        return {"kind": "none"}
+    return {"kind": "act", "weight": config.get("act_loss", 0.01)}
 
 
 def _layer(config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
@@ -77,6 +94,7 @@ def _layer(config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
             "n_experts": config["att_n_experts"],
             "top_k": 1 if single else config["att_k"],
             "gates": "output" if single and origin == "moeut" else "both",
+            "expert_dropout": config.get("att_expert_dropout", 0.0),
             "balance": {"kind": "entropy", "weight": config.get("att_entropy_reg", ATTENTION_ENTROPY_REG)},
         },
         "feedforward": {
@@ -84,6 +102,7 @@ def _layer(config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
             "n_experts": config["ff_n_experts"],
             "d_expert": config["ff_expert_size"],
             "top_k": config["ff_k"],
+            "expert_dropout": config.get("ff_expert_dropout", 0.0),
             "balance": {"kind": "entropy", "weight": config.get("entropy_reg", ENTROPY_REG)},
         },
     }

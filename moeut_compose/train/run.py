@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +53,17 @@ class Run:
     spec: ModelSpec
     recipe: RecipeSpec
     model: LanguageModel
-    tokenizer: Tokenizer
     step: int
 
     @property
     def context(self) -> int:
         """Tokens of a training window."""
         return self.recipe.context or self.spec.context_length
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; imported runs may have none. Raises `DataError`."""
+        return Tokenizer.load(self.path / run_folder.TOKENIZER)
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu") -> Run:
@@ -79,7 +84,6 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu") -> Run:
         spec=spec,
         recipe=load_recipe(run / run_folder.RECIPE),
         model=model.eval(),
-        tokenizer=Tokenizer.load(run / run_folder.TOKENIZER),
         step=checkpoint.step,
     )
 

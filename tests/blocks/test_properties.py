@@ -4,10 +4,13 @@ from collections import defaultdict
 
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moeut_compose import Cache
+from moeut_compose.blocks.graves_act import GravesACT
 from moeut_compose.blocks.model import LanguageModel
+from moeut_compose.blocks.stick_breaking import StickBreaking
 from moeut_compose.build import build_model
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
@@ -87,6 +90,32 @@ def test_decoding_in_pieces_equals_one_pass(spec: ModelSpec) -> None:
         out = model(piece, cache=cache)
         cache, parts = out.cache, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=0, atol=1e-8)
+
+
+@examples
+@given(model_specs(halting=False), st.sampled_from(["act", "graves_act"]))
+@torch.no_grad()
+def test_gates_that_never_halt_leave_the_plain_loop(spec: ModelSpec, kind: str) -> None:
+    data = spec.model_dump(mode="json")
+    for stage in data["stages"]:
+        if stage["pattern"] == "ABAB":
+            stage["halting"] = {"kind": kind}
+    plain, halting = (
+        built(spec).eval(),
+        build_model(ModelSpec.model_validate(data), dtype=torch.float64).eval(),
+    )
+    halting.load_state_dict(plain.state_dict(), strict=False)
+    for stage in halting.stages:
+        if isinstance(stage.halting, StickBreaking):
+            stage.halting.inner.weight.zero_()
+            stage.halting.inner.bias.fill_(10.0)
+            stage.halting.outer.weight[0] = 10.0
+            stage.halting.outer.weight[1] = -10.0
+        elif isinstance(stage.halting, GravesACT):
+            stage.halting.gate.weight.zero_()
+            stage.halting.gate.bias.fill_(-1000.0)
+    ids = tokens(spec)
+    torch.testing.assert_close(halting(ids).logits, plain(ids).logits, rtol=1e-12, atol=1e-12)
 
 
 @examples
