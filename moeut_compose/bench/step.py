@@ -36,6 +36,7 @@ class StepTiming:
     micro_batch: int
     precision: str
     compiled: bool
+    graphed: bool
     ms: float
     """Median over the measured steps."""
     ms_low: float
@@ -58,6 +59,7 @@ def measure_step(
     micro_batch: int | None = None,
     device: torch.device,
     compiled: bool,
+    graphed: bool = False,
     steps: int = 15,
     warmup: int = 5,
     profile: Callable[[Any], None] | None = None,
@@ -78,6 +80,7 @@ def measure_step(
         clip_norm=0.25,
         precision=precision,
         micro_batch=micro_batch or batch,
+        graphed=graphed,
     )
     generator = torch.Generator().manual_seed(0)
     batches = [
@@ -114,6 +117,7 @@ def measure_step(
         micro_batch=micro_batch or batch,
         precision=precision.name,
         compiled=compiled,
+        graphed=graphed,
         ms=ms,
         ms_low=min(times),
         ms_high=max(times),

@@ -119,6 +119,11 @@ class ReluRouter(LinearRouter):
                 self.multiplier *= term.factor ** (n_active - self.top_k).sign().to(self.multiplier)
 
 
+def any_steered(model: nn.Module) -> bool:
+    """Whether `steer_routers` has anything to do."""
+    return any(isinstance(module, Router) and type(module).steer is not Router.steer for module in model.modules())
+
+
 def steer_routers(model: nn.Module, stats: Stats) -> None:
     """Adjust what feedback controls in all routers of `model` from the `stats` of one optimiser step.
 

@@ -248,6 +248,8 @@ class RecipeSpec(Spec):
     """Arithmetic of the training step; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile each distinct layer with torch.compile; auto: leave it off."""
+    cuda_graph: bool = False
+    """On CUDA, record forward and backward once and replay them: no time is lost between kernels. Not for halting that skips."""
     backend: Literal["auto", "triton", "torch", "grouped_mm"] = "auto"
     """Implementation of the expert products."""
     deterministic: bool = False

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeut_compose.blocks.stats import Stats, below, pool, totals, under
+from moeut_compose.blocks.steered_routers import any_steered, steer_routers
 from moeut_compose.train.errors import TrainError
+from moeut_compose.train.graph import GraphedPass
 from moeut_compose.train.optim import build_optimizer, clip_gradients
 from moeut_compose.train.schedule import lr_at
 
@@ -38,8 +41,14 @@ class Trainer:
         clip_norm: float | None,
         precision: Precision,
         micro_batch: int,
+        graphed: bool = False,
     ) -> None:
+        """`graphed`: replay forward and backward as a CUDA graph; tokens and shapes must decide nothing on the host."""
         self.model = model
+        self._graphed = graphed
+        self._graph: GraphedPass | None = None
+        self._steers = any_steered(model)
+        self._seen: Stats = {}
         self.step = 0
         self.steps = steps
         self.micro_batch = micro_batch
@@ -86,6 +95,8 @@ class Trainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._steers:
+            steer_routers(self.model, self._seen)
         self.step += 1
         return values
 
@@ -113,22 +124,45 @@ class Trainer:
                 )
             torch.cuda.empty_cache()
             self.micro_batch = -(-self.micro_batch // 2)
+            self._graph = None
             warn(f"out of memory; going on with micro-batches of {self.micro_batch} sequences")
 
     def _accumulate(self, batch: Tensor, between: Callable[[float], None]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        for part in batch.split(self.micro_batch):
+        self._seen = {}
+        parts = batch.split(self.micro_batch)
+        for number, part in enumerate(parts):
             share = len(part) / len(batch)
-            part = part.to(self.device, non_blocking=True)
+            terms = self._pass(part.to(self.device, non_blocking=True), share)
+            if self._graph is not None and number + 1 < len(parts):
+                self._graph.keep_gradients()
+            self._seen = pool(self._seen, below("stats", terms))
+            for name, term in terms.items():
+                if not name.startswith("stats."):
+                    values[name] = values.get(name, 0.0) + term * share
+            between(share)
+        return values
+
+    def _pass(self, part: Tensor, share: float) -> dict[str, Tensor]:
+        """Forward and backward of a micro-batch that is a `share` of the batch; its losses, without gradient."""
+
+        def run(windows: Tensor) -> dict[str, Tensor]:
             with self._precision.autocast():
-                out = self.model(part[:, :-1], targets=part[:, 1:])
+                out = self.model(windows[:, :-1], targets=windows[:, 1:])
                 loss = out.cross_entropy + sum(out.losses.values())
             self._scaler.scale(loss * share).backward()
             terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
-            for name, term in terms.items():
-                values[name] = values.get(name, 0.0) + term.detach() * share
-            between(share)
-        return values
+            if self._steers:
+                terms |= under("stats", totals(out.stats))
+            return {name: term.detach() for name, term in terms.items()}
+
+        if not self._graphed or (self._graph is not None and self._graph.shape != part.shape):
+            return run(part)
+        if self._graph is None:
+            state = random_state_dict(self.device)
+            self._graph = GraphedPass(run, part, list(self.model.parameters()))
+            load_random_state(state, self.device)
+        return self._graph(part)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights: tensors by parameter name, numbers and random state."""

@@ -78,6 +78,7 @@ class Session:
             clip_norm=recipe.clip_norm,
             precision=choose_precision(recipe.precision, self._device),
             micro_batch=plan.micro_batch,
+            graphed=recipe.cuda_graph and self._device.type == "cuda",
         )
 
     def begin(self, checkpoint: Checkpoint | None) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeut_compose.build import build_model
+from moeut_compose.spec.io import load_spec
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule
 from moeut_compose.train.device import Precision
@@ -116,3 +117,21 @@ def test_memory_running_out_shrinks_the_micro_batch_or_says_what_to_do(
         trainer.fitting_step(batches(1)[0], may_shrink=False, **options)
     trainer.fitting_step(batches(1)[0], may_shrink=True, **options)
     assert (trainer.micro_batch, trainer.step, len(warnings)) == (2, 1, 2)
+
+
+def test_routers_under_feedback_are_steered_after_each_step() -> None:
+    spec = load_spec("aux_free_moe_tiny", ["context_length=16", "vocab_size=64"])
+    model = build_model(spec, seed=1)
+    trainer = Trainer(
+        model,
+        optimizer=AdamWSpec(),
+        schedule=CosineSchedule(warmup_steps=0, period=10),
+        steps=10,
+        clip_norm=None,
+        precision=Precision("fp32", "cpu"),
+        micro_batch=2,
+    )
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("bias")}
+    trainer.train_step(torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0)))
+    assert before
+    assert all(not torch.equal(before[name], model.get_buffer(name)) for name in before)
