@@ -121,7 +121,9 @@ class ReluRouter(LinearRouter):
 
 def any_steered(model: nn.Module) -> bool:
     """Whether `steer_routers` has anything to do."""
-    return any(isinstance(module, Router) and type(module).steer is not Router.steer for module in model.modules())
+    return any(
+        isinstance(module, Router) and type(module).steer is not Router.steer for module in model.modules()
+    )
 
 
 def steer_routers(model: nn.Module, stats: Stats) -> None:
