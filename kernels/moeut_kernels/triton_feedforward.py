@@ -99,24 +99,25 @@ def _backward_hidden(
         a_at += DEPTH
         b_at += DEPTH
     z = saved.to(tl.float32)
+    d_type = d_pre.dtype.element_ty
     if GATED:
         value = tl.load(pre + saved_at + width, mask=mask, other=0.0).to(tl.float32)
         act = activate(z, KIND)
-        unit = act * value
+        dot = tl.sum(act * value * v, 1)
         gv = v * g[:, None]
-        tl.store(
-            d_pre + saved_at, (gv * value * activation_slope(z, KIND)).to(d_pre.dtype.element_ty), mask=mask
-        )
-        tl.store(d_pre + saved_at + width, (gv * act).to(d_pre.dtype.element_ty), mask=mask)
+        tl.store(d_pre + saved_at, (gv * value * activation_slope(z, KIND)).to(d_type), mask=mask)
+        tl.store(d_pre + saved_at + width, (gv * act).to(d_type), mask=mask)
     elif PRE:
-        unit = activate(z, KIND)
-        d = v * g[:, None] * activation_slope(z, KIND)
-        tl.store(d_pre + saved_at, d.to(d_pre.dtype.element_ty), mask=mask)
+        dot = tl.sum(activate(z, KIND) * v, 1)
+        tl.store(d_pre + saved_at, (v * g[:, None] * activation_slope(z, KIND)).to(d_type), mask=mask)
     else:
-        unit = z / safe_gate(g)[:, None]
-        d = tl.where(unit > 0, v * g[:, None], 0.0)
-        tl.store(d_pre + saved_at, d.to(d_pre.dtype.element_ty), mask=mask)
-    tl.store(dots + tl.program_id(1).to(tl.int64) * n_slots + slot, tl.sum(unit * v, 1), mask=here)
+        # The hidden of relu is z over the gate: the gate divides the sum of a row, its sign makes the mask.
+        dot = tl.sum(z * v, 1) / safe_gate(g)
+        sign = tl.where(g < 0, -1.0, 1.0).to(saved.dtype)
+        tl.store(
+            d_pre + saved_at, tl.where(saved * sign[:, None] > 0, (v * g[:, None]).to(d_type), 0.0), mask=mask
+        )
+    tl.store(dots + tl.program_id(1).to(tl.int64) * n_slots + slot, dot, mask=here)
 
 
 def backward_hidden(
@@ -186,14 +187,13 @@ def backward(
     d_down = torch.empty(down.shape if want_down else 0, dtype=dtypes[1], device=x.device)
     if want_x or want_up or want_gate or want_b_up:
         d_pre, dots = backward_hidden(grad, down, gate, hidden, pre, slots, tiles, top_k, activation)
-    if want_x:
-        products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
     with beside(x.device):
         if want_down:
             weight_gradient(hidden, grad, slots, offsets, per_left=None, per_right=top_k, out=d_down)
         if want_up:
             weight_gradient(x, d_pre, slots, offsets, per_left=top_k, per_right=None, out=d_up)
     if want_x:
+        products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
         d_x = gather_sum(products, position, n_tokens, top_k)
     if want_gate:
         if b_down is not None:

@@ -49,8 +49,8 @@ def _count(
 def _place(keys, counts, ends, slots, position, n_slots, n_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """Place of a slot: where its (group, block) starts, plus its rank among equals in the block.
 
-    The rank compares all pairs of the block. Keys hold group · BLOCK + i, so that one unsigned comparison says both
-    "same group" and "earlier". The compared slots run down the rows: a thread adds its own column, nothing is exchanged.
+    The rank compares all pairs of a block. Keys hold group · BLOCK + i, so that one unsigned comparison says both
+    "same group" and "earlier". The compared slots run down the rows: a thread adds its own column, no exchange.
     """
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)

@@ -284,15 +284,19 @@ def gather_sum(
 def _weight_gradient(
     left, right, gate, out, slots, offsets, per_left: tl.constexpr, per_right: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of a matrix, all its rows."""
+    """out[e] = sum over the rows of e of left[r]ᵀ (gate · right[r]): one program per tile of a matrix, all its rows.
+
+    TRANSPOSED stores the transposed sum. GROUP tiles of a matrix run before those of the next expert.
+    """
     EVEN: tl.constexpr = height % ROWS == 0 and width % COLUMNS == 0
+    n_across: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(1)
-    n_across = tl.cdiv(width, COLUMNS)
-    m = (tl.program_id(0) // n_across) * ROWS + tl.arange(0, ROWS)
-    n = (tl.program_id(0) % n_across) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(2) * GROUP + tl.program_id(0)
+    m = part // n_across * ROWS + tl.arange(0, ROWS)
+    n = part % n_across * COLUMNS + tl.arange(0, COLUMNS)
     high, wide = m < height, n < width
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     stop = tl.load(offsets + expert + 1)
@@ -310,25 +314,42 @@ def _weight_gradient(
             g = tl.load(gate + slot, mask=here, other=0.0).to(tl.float32)
             b = (b.to(tl.float32) * g[:, None]).to(b.dtype)
         acc = accumulate(tl.trans(a), b, acc)
-    o_at = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
-    tl.store(o_at, acc.to(out.dtype.element_ty), mask=high[:, None] & wide[None, :])
+    if TRANSPOSED:
+        o_at = out + expert.to(tl.int64) * height * width + n[:, None] * height + m[None, :]
+        tl.store(o_at, tl.trans(acc).to(out.dtype.element_ty), mask=wide[:, None] & high[None, :])
+    else:
+        o_at = out + expert.to(tl.int64) * height * width + m[:, None] * width + n[None, :]
+        tl.store(o_at, acc.to(out.dtype.element_ty), mask=high[:, None] & wide[None, :])
+
+
+MOST_PARTS = 4
+"""Tiles of a matrix that run before the next expert: with more, the gathered columns outgrow the cache."""
 
 
 def weight_gradient(
     left: Tensor, right: Tensor, slots: Tensor, offsets: Tensor, *, per_left: int | None, per_right: int | None,
     out: Tensor, gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of outer products of each expert's rows into out [E, D, F]; row slot // per_*, None: expert order."""
+    """Sum of outer products of each expert's rows into out [E, D, F]; row slot // per_*, None: expert order.
+
+    A gathered right side changes places with an ordered left one: the compiler fits three programs on a multiprocessor
+    that way, two the other way.
+    """
     n_experts, height, width = offsets.shape[0] - 1, left.shape[1], right.shape[1]
     if out.numel() == 0:
         return out
+    swapped = per_left is None and per_right is not None
+    if swapped:
+        left, right, per_left, per_right, height, width = right, left, per_right, per_left, width, height
     t = tile("weight", left)
     most_rows, most_columns = (t.rows, t.columns) if height >= width else (t.columns, t.rows)
     n_rows, n_columns = block(height, most_rows), block(width, most_columns)
-    _weight_gradient[(triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns), n_experts)](
+    n_parts = triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns)
+    group = next(size for size in range(min(MOST_PARTS, n_parts), 0, -1) if n_parts % size == 0)
+    _weight_gradient[(group, n_experts, n_parts // group)](
         left, right, gate, out, slots, offsets, per_left or 1, per_right or 1, height, width,
-        per_left is not None, per_right is not None, gate is not None,
-        n_rows, n_columns, t.depth, **t.launch,
+        per_left is not None, per_right is not None, gate is not None, swapped,
+        group, n_rows, n_columns, t.depth, **t.launch,
     )  # fmt: skip
     return out
 

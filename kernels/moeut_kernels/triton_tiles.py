@@ -36,15 +36,15 @@ class Tile:
 # "pair_narrow", "pair_wide": two experts at once; the depth of "pair_wide" is how many columns one program does.
 # float32 has neither walks nor pairs: without tensor cores a program cannot hold a whole side of a matrix.
 _LARGE = {
-    "gather": Tile(128, 128, 64, 4, 3),
+    "gather": Tile(128, 128, 64, 8, 3),
     "gather_heavy": Tile(128, 128, 64, 8, 3),
     "gather_backward": Tile(64, 128, 64, 4, 4),
     "gather_backward_heavy": Tile(64, 128, 64, 8, 4),
     "walk": Tile(64, 128, 0, 4, 4),
-    "weight": Tile(128, 128, 64, 4, 3),
-    "pair_narrow": Tile(128, 128, 32, 8, 6),
-    "pair_narrow_backward": Tile(128, 128, 64, 8, 3),
-    "pair_wide": Tile(128, 64, 512, 8, 3),
+    "weight": Tile(128, 128, 32, 4, 5),
+    "pair_narrow": Tile(128, 128, 64, 8, 4),
+    "pair_narrow_backward": Tile(128, 128, 64, 8, 4),
+    "pair_wide": Tile(128, 64, 1024, 8, 3),
 }
 _SMALL = {
     "gather": Tile(128, 64, 32, 4, 3),
