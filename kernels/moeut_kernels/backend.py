@@ -7,7 +7,7 @@ always runs on the implementation that ran the forward.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -17,14 +17,8 @@ VARIABLE = "MOEUT_COMPOSE_BACKEND"
 _override: str | None = None
 
 
-@cache
-def triton_is_installed() -> bool:
-    """Whether Triton can be imported. False on platforms without a Triton wheel."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+TRITON_IS_INSTALLED = find_spec("triton") is not None
+"""False on platforms without a Triton wheel. Triton itself is imported when a kernel first runs."""
 
 
 def _checked(name: str, origin: str) -> str:
@@ -63,7 +57,7 @@ def resolve(x: Tensor) -> str:
     """
     requested = backend()
     if requested == "auto":
-        requested = "triton" if x.device.type == "cuda" and triton_is_installed() else "grouped_mm"
+        requested = "triton" if x.device.type == "cuda" and TRITON_IS_INSTALLED else "grouped_mm"
     if requested == "triton" and not x.dtype.is_floating_point:
         return requested
     return "torch" if x.dtype.itemsize == 8 else requested

@@ -68,6 +68,8 @@ def measure_step(
 
     `profile` is handed a finished `torch.profiler.profile` of two further steps.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     precision = choose_precision("auto", device)
     model = build_model(spec, device=device)
     if compiled:
@@ -94,8 +96,6 @@ def measure_step(
     for index in range(warmup):
         trainer.train_step(batches[index % N_BATCHES])
     _synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     times, loss = [], float("nan")
     for index in range(steps):
         elapsed, values = _timed(lambda index=index: trainer.train_step(batches[index % N_BATCHES]), device)  # type: ignore[misc]

@@ -271,14 +271,15 @@ class Session:
 
     def _write_sample(self) -> str:
         evaluation = self._recipe.evaluation
-        return generate(
-            self._model,
-            self._data.tokenizer,
-            evaluation.prompt,
-            max_new_tokens=evaluation.sample_tokens,
-            top_k=50,
-            seed=self._recipe.seed,
-        )
+        with torch.compiler.set_stance("force_eager"):  # each token has another shape: nothing to compile for
+            return generate(
+                self._model,
+                self._data.tokenizer,
+                evaluation.prompt,
+                max_new_tokens=evaluation.sample_tokens,
+                top_k=50,
+                seed=self._recipe.seed,
+            )
 
 
 def _short(number: float) -> str:
