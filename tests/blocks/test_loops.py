@@ -176,3 +176,37 @@ def test_one_compiled_layer_serves_all_passes(name: str, n_graphs: int) -> None:
     torch.testing.assert_close(model(ids()).logits, plain)
     assert len(graphs) <= n_graphs
     torch._dynamo.reset()
+
+
+KINDS = [
+    "entropy",
+    "switch",
+    "z_loss",
+    "cv_squared",
+    "mutual_information",
+    "mutual_information_as_coded",
+    "relu_l1",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+def test_repeats_do_not_scale_a_balance_term(kind: str, scope: str) -> None:
+    """Layers that leave their input as it is see the same tokens in every pass."""
+    terms, weights = [], None
+    for repeats in (1, 3):
+        router = "{kind: relu}" if kind == "relu_l1" else "{kind: softmax}"
+        balance = f"{{kind: {kind}, weight: 0.5, scope: {scope}}}"
+        experts = f"{{kind: moe, n_experts: 5, d_expert: 4, top_k: 2, router: {router}, balance: {balance}}}"
+        spec = loop("moeut_tiny", f"stages.0.layers.0.feedforward={experts}", f"stages.0.repeats={repeats}")
+        model = built(spec)
+        weights = weights or model.state_dict()
+        model.load_state_dict(weights)  # the depth is part of the initialisation
+        with torch.no_grad():
+            for layer in model.stages[0].layers:
+                layer.mixer.output.zero_()
+                layer.feedforward.down.zero_()
+        losses = model.train()(ids()).losses
+        terms.append(losses[f"stages.0.layers.1.feedforward.router.{kind}"])
+    assert terms[0].abs() > 0
+    torch.testing.assert_close(terms[1], terms[0], rtol=1e-12, atol=0)
