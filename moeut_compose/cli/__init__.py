@@ -7,6 +7,7 @@ and `params` answer before torch could have been loaded.
 import typer
 
 from moeut_compose.cli.author import new, schema, validate
+from moeut_compose.cli.bench import bench
 from moeut_compose.cli.browse import ls, show
 from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.failures import Commands
@@ -57,3 +58,4 @@ def main(
 for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
     app.command()(command)
 app.command("import")(import_)
+app.add_typer(bench, name="bench")
