@@ -119,7 +119,9 @@ class SwitchHead(Mixer):
         """Kernel plan and gates `[N, H, K]` of a choice per head, for the tokens that run."""
         offset = torch.arange(self.n_heads, device=routing.index.device)[:, None] * self.n_experts
         index = running((routing.index + offset).flatten(0, 1), alive)
-        return mk.plan(index, self.n_heads * self.n_experts, disjoint=True), running(routing.gate.flatten(0, 1), alive)
+        return mk.plan(index, self.n_heads * self.n_experts, disjoint=True), running(
+            routing.gate.flatten(0, 1), alive
+        )
 
     def _values(self, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Stats]:
         """Values `[B, H, T, d_head]`; tokens at rest have theirs too, for others to read."""
