@@ -32,7 +32,9 @@ def model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pieces", [[1] * 20, [13, 7], [5, 9, 1, 1, 4]], ids=["one by one", "two pieces", "ragged"])
+@pytest.mark.parametrize(
+    "pieces", [[1] * 20, [13, 7], [5, 9, 1, 1, 4]], ids=["one by one", "two pieces", "ragged"]
+)
 def test_pieces_give_the_logits_of_the_whole(model: torch.nn.Module, pieces: list[int]) -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, 2048, (2, 20))

@@ -42,8 +42,12 @@ def test_shared_layers_exist_once() -> None:
 
 
 def test_the_gradient_of_a_shared_layer_is_the_sum_over_its_uses() -> None:
-    shared = build_model(load_spec("moeut_tiny", ["stages.0.layers.0.count=1", "stages.0.repeats=2"]), dtype=torch.float64)
-    twice = build_model(load_spec("moeut_tiny", ["stages.0.layers.0.count=2", "stages.0.repeats=1"]), dtype=torch.float64)
+    shared = build_model(
+        load_spec("moeut_tiny", ["stages.0.layers.0.count=1", "stages.0.repeats=2"]), dtype=torch.float64
+    )
+    twice = build_model(
+        load_spec("moeut_tiny", ["stages.0.layers.0.count=2", "stages.0.repeats=1"]), dtype=torch.float64
+    )
     weights = dict(shared.state_dict())
     weights |= {name.replace("layers.0", "layers.1"): w for name, w in weights.items() if "layers.0" in name}
     twice.load_state_dict(weights)
