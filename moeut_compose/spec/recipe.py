@@ -249,7 +249,7 @@ class RecipeSpec(Spec):
     compile: bool | Literal["auto"] = "auto"
     """Compile each distinct layer with torch.compile; auto: leave it off."""
     cuda_graph: bool = False
-    """On CUDA, record forward and backward once and replay them: no time is lost between kernels. Not for halting that skips."""
+    """On CUDA, record forward and backward once and replay them: no time is lost between kernels."""
     backend: Literal["auto", "triton", "torch", "grouped_mm"] = "auto"
     """Implementation of the expert products."""
     deterministic: bool = False
