@@ -13,6 +13,7 @@ import torch
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
 def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
