@@ -244,6 +244,8 @@ class RecipeSpec(Spec):
     schedule: ScheduleSpec = CosineSchedule()
     clip_norm: PositiveFloat | None = 0.25
     """Upper bound of the gradient's global norm; none: no clipping."""
+    max_skipped_steps: Count = 10
+    """Steps with a loss or gradient that is not finite are skipped; after so many in a row the run stops."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the training step; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"

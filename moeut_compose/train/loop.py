@@ -2,22 +2,26 @@
 
 A `Trainer` knows nothing of files, data or commands: it is handed batches. A step either happens whole or not
 at all; when it is interrupted between micro-batches, weights, optimiser and random state are those of the
-step before.
+step before. A step whose loss or gradient is not finite is skipped: it counts, and leaves no other trace.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeut_compose.blocks.roles import Router
 from moeut_compose.blocks.stats import Stats, below, pool, totals, under
 from moeut_compose.blocks.steered_routers import any_steered, steer_routers
 from moeut_compose.train.errors import TrainError
 from moeut_compose.train.graph import GraphedPass
+from moeut_compose.train.nonfinite import first_nonfinite
 from moeut_compose.train.optim import build_optimizer, clip_gradients
 from moeut_compose.train.schedule import lr_at
+from moeut_compose.train.skipping import SkipCounter, step_unless
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,16 +63,12 @@ class Trainer:
         self._clip_norm = clip_norm
         self._precision = precision
         self._scaler = precision.scaler()
+        self.skips = SkipCounter(self.device)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return lr_at(self.step, self._schedule, self._base_lr, steps=self.steps)
-
-    @property
-    def scale_is_fixed(self) -> bool:
-        """False where a float16 loss scale looks for its size, which lets gradients overflow now and then."""
-        return not self._scaler.is_enabled()
 
     def train_step(
         self, batch: Tensor, *, between: Callable[[float], None] = lambda share: None
@@ -77,8 +77,8 @@ class Trainer:
 
         Loss and gradient are the means over the batch, whatever the micro-batch. `between` is called after
         each micro-batch with its share of the batch; whatever it raises undoes the step. Returns scalars on
-        the device: `loss`, its parts (`cross_entropy` and the model's own terms) and `grad_norm` before
-        clipping.
+        the device: `loss`, its parts (`cross_entropy` and the model's own terms), `grad_norm` before clipping,
+        and the boolean `skipped`: loss or norm is not finite, and weights, buffers and optimiser are as before.
         """
         self.model.train()
         random_state = random_state_dict(self.device)
@@ -91,14 +91,50 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self._scaler.unscale_(self.optimizer)
-        values["grad_norm"] = clip_gradients(self.model.parameters(), self._clip_norm).detach()
-        self._scaler.step(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self._clip_norm).detach()
+        has_loss = values["loss"].isfinite()
+        skipped = ~(has_loss & norm.isfinite())
+        self.skips.record(self.step, skipped, has_loss & self._scale_may_fall())
+        step_unless(skipped, self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self._steers:
-            steer_routers(self.model, self._seen)
+            self._steer_unless(skipped)
         self.step += 1
-        return values
+        return values | {"grad_norm": norm, "skipped": skipped}
+
+    def _scale_may_fall(self) -> Tensor:
+        """Whether a float16 loss scale is large enough to be what let gradients overflow."""
+        scale = self._scaler.scale(torch.ones((), device=self.device))
+        assert isinstance(scale, torch.Tensor)
+        return scale > 1.0
+
+    def _steer_unless(self, skipped: Tensor) -> None:
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        buffers = [buffer for router in routers for buffer in router.buffers(recurse=False)]
+        before = [buffer.clone() for buffer in buffers]
+        steer_routers(self.model, self._seen)
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(skipped, old, buffer))
+
+    def find_nonfinite(self, batch: Tensor) -> str | None:
+        """Repeat forward and backward on `batch [B, T + 1]` and name what is not finite first; None: nothing.
+
+        Weights and random state stay as they are; recorded graphs are given up.
+        """
+        self._graph = None
+        self.model.train()
+        state = random_state_dict(self.device)
+
+        def run() -> None:
+            for part in batch.split(self.micro_batch):
+                self._forward_backward(part.to(self.device), len(part) / len(batch))
+
+        try:
+            return first_nonfinite(self.model, run)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            load_random_state(state, self.device)
 
     def fitting_step(
         self,
@@ -144,25 +180,26 @@ class Trainer:
         return values
 
     def _pass(self, part: Tensor, share: float) -> dict[str, Tensor]:
-        """Forward and backward of a micro-batch that is a `share` of the batch; its losses, without gradient."""
-
-        def run(windows: Tensor) -> dict[str, Tensor]:
-            with self._precision.autocast():
-                out = self.model(windows[:, :-1], targets=windows[:, 1:])
-                loss = out.cross_entropy + sum(out.losses.values())
-            self._scaler.scale(loss * share).backward()
-            terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
-            if self._steers:
-                terms |= under("stats", totals(out.stats))
-            return {name: term.detach() for name, term in terms.items()}
-
+        """`_forward_backward`, replayed where a graph of it is asked for and fits."""
         if not self._graphed or (self._graph is not None and self._graph.shape != part.shape):
-            return run(part)
+            return self._forward_backward(part, share)
         if self._graph is None:
             state = random_state_dict(self.device)
+            run = partial(self._forward_backward, share=share)
             self._graph = GraphedPass(run, part, list(self.model.parameters()))
             load_random_state(state, self.device)
         return self._graph(part)
+
+    def _forward_backward(self, windows: Tensor, share: float) -> dict[str, Tensor]:
+        """Of a micro-batch that is a `share` of the batch: its losses, without gradient, and its statistics."""
+        with self._precision.autocast():
+            out = self.model(windows[:, :-1], targets=windows[:, 1:])
+            loss = out.cross_entropy + sum(out.losses.values())
+        self._scaler.scale(loss * share).backward()
+        terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
+        if self._steers:
+            terms |= under("stats", totals(out.stats))
+        return {name: term.detach() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights: tensors by parameter name, numbers and random state."""
@@ -170,6 +207,7 @@ class Trainer:
             "step": self.step,
             "optimizer": optimizer_state(self.optimizer, self.model),
             "scaler": self._scaler.state_dict(),
+            "skips": self.skips.state_dict(),
             "random": random_state_dict(self.device),
         }
 
@@ -179,6 +217,8 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+        if "skips" in state:
+            self.skips.load_state_dict(state["skips"])
         load_random_state(state["random"], self.device)
 
 

@@ -28,30 +28,33 @@ Row = dict[str, Any]
 
 
 class RunningMeans:
-    """Means of named scalars of the steps since the last row, summed on the device so that no step waits."""
+    """Means of named scalars of the steps taken since the last row, summed on the device so that no step waits."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count: Tensor | int = 0
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step."""
-        self.count += 1
+    def add(self, values: dict[str, Tensor], skipped: Tensor) -> None:
+        """Count one step, unless the boolean scalar `skipped` is set."""
+        self._count = self._count + ~skipped
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+            taken = torch.where(skipped, 0.0, value.detach().double())
+            self._sums[name] = self._sums.get(name, 0.0) + taken
 
     def means(self) -> dict[str, float]:
-        return {name: total.item() / self.count for name, total in self._sums.items()}
+        """Empty if no step was taken."""
+        count = int(self._count)
+        return {name: total.item() / count for name, total in self._sums.items()} if count else {}
 
     def clear(self) -> None:
-        self.count = 0
+        self._count = 0
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "sums": {name: total.item() for name, total in self._sums.items()}}
+        return {"count": int(self._count), "sums": {name: total.item() for name, total in self._sums.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self._count = state["count"]
         self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, total in state["sums"].items()}
 
 

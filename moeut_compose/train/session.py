@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +17,13 @@ from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder
-from moeut_compose.train.device import choose_precision, used_memory
-from moeut_compose.train.errors import Interrupted, TrainingDiverged
+from moeut_compose.train.device import choose_precision
+from moeut_compose.train.divergence import check_weights, stuck
+from moeut_compose.train.errors import Interrupted
 from moeut_compose.train.folder import PLOTS
 from moeut_compose.train.loop import Trainer
-from moeut_compose.train.metrics import MetricsLog, RunningMeans, StepClock
+from moeut_compose.train.meter import Meter
+from moeut_compose.train.metrics import MetricsLog
 from moeut_compose.train.modes import compile_layers
 from moeut_compose.train.plot import plot_loss
 from moeut_compose.train.result import TrainResult, columns_of, from_columns
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
     from moeut_compose.progress import Reporter, Task
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.checkpoint import Checkpoint
+    from moeut_compose.train.metrics import Row
     from moeut_compose.train.plan import TrainingPlan
     from moeut_compose.train.signals import StopSignal
+    from moeut_compose.train.skipping import Skips
 
 
 class Session:
@@ -66,10 +70,8 @@ class Session:
         self._stop = stop
         self._reporter = reporter
         self._device = next(model.parameters()).device
-        self._means = RunningMeans()
-        self._clock = StepClock(self._device)
         self._log: MetricsLog | None = None
-        self._last: dict[str, Tensor] = {}
+        self._skips_reported = 0
         self._trainer = Trainer(
             model,
             optimizer=recipe.optimizer,
@@ -80,6 +82,7 @@ class Session:
             micro_batch=plan.micro_batch,
             graphed=recipe.cuda_graph and self._device.type == "cuda",
         )
+        self._meter = Meter(self._trainer, plan)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take up a checkpoint, or start from fresh weights."""
@@ -90,7 +93,8 @@ class Session:
             checkpoint.load_weights(self._model)
             state = checkpoint.load_state()
             self._trainer.load_state_dict(state["trainer"])
-            self._means.load_state_dict(state["means"])
+            self._meter.load_state_dict(state["means"])
+            self._skips_reported = self._trainer.skips.read().total
             if self._recipe.batch.micro == "auto" and state["device"] == self._device.type:
                 self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
         if self._recipe.compile is True:
@@ -137,7 +141,7 @@ class Session:
         """Take the steps that are left, and save the last."""
         trainer = self._trainer
         self._do_what_is_due()
-        self._clock.reset()
+        self._meter.start()
         with self._reporter.task("training", total=trainer.steps, done=trainer.step) as task:
             while trainer.step < trainer.steps:
                 self._take_step(task)
@@ -145,30 +149,33 @@ class Session:
         self._saved()
 
     def _take_step(self, task: Task) -> None:
-        trainer, recipe, context = self._trainer, self._recipe, self._plan.context
-        n_windows = self._data.train.n_windows(context)
-        windows = windows_of_step(trainer.step, recipe.batch.size, n_windows, recipe.seed, recipe.order)
-        batch = torch.from_numpy(self._data.train.windows(windows, context))
+        trainer, recipe = self._trainer, self._recipe
+        batch = self._batch_of(trainer.step)
 
         def between(share: float) -> None:
             task.advance(share)
             self._stop.poll()
 
         may_shrink = recipe.batch.micro == "auto"
-        self._last = trainer.fitting_step(
-            batch, between=between, may_shrink=may_shrink, warn=self._reporter.warn
-        )
-        self._clock.count(batch.shape[0] * context)
-        self._means.add({name: value for name, value in self._last.items() if name != "grad_norm"})
-        due = trainer.step % recipe.logging.interval == 0 or trainer.step == trainer.steps
+        values = trainer.fitting_step(batch, between=between, may_shrink=may_shrink, warn=self._reporter.warn)
+        self._meter.add(values)
+        is_last = trainer.step == trainer.steps
+        self._stop_if_stuck(trainer.skips.read() if is_last else trainer.skips.glance())
+        due = is_last or trainer.step % recipe.logging.interval == 0
         detail = ""
         if due:
-            row = self._write_row()
-            detail = f"loss {row['cross_entropy']:.3f}  {_short(row['tokens_per_second'])} tokens/s"
+            detail = self._meter.detail(self._write_row())
         elif self._device.type == "cpu":  # elsewhere reading the loss would make the device wait
-            speed = self._clock.tokens_per_second()
-            detail = f"loss {self._last['cross_entropy'].item():.3f}  {_short(speed)} tokens/s"
+            detail = self._meter.glance()
         task.advance(0, detail=detail)
+
+    def _windows_of(self, step: int) -> list[int]:
+        recipe = self._recipe
+        n_windows = self._data.train.n_windows(self._plan.context)
+        return windows_of_step(step, recipe.batch.size, n_windows, recipe.seed, recipe.order)
+
+    def _batch_of(self, step: int) -> Tensor:
+        return torch.from_numpy(self._data.train.windows(self._windows_of(step), self._plan.context))
 
     def _do_what_is_due(self) -> None:
         """Save and evaluate, if this step asks for it and it is not done yet."""
@@ -180,50 +187,35 @@ class Session:
         if step and every and step % every == 0 and step < steps:
             self._evaluate()
 
-    def _write_row(self) -> dict[str, Any]:
-        """A row of means over the steps since the last. Raises `TrainingDiverged` unless they are numbers."""
-        self._refuse_nonsense()
-        step = self._trainer.step
-        row = {
-            "event": "train",
-            "step": step,
-            "tokens": step * self._plan.tokens_per_step,
-            **self._means.means(),
-            "lr": self._trainer.optimizer.param_groups[0]["lr"],
-            "grad_norm": self._last["grad_norm"].item(),
-            "tokens_per_second": self._clock.tokens_per_second(),
-            "memory_bytes": used_memory(self._device),
-        }
-        self._means.clear()
-        self._clock.reset()
+    def _write_row(self) -> Row:
+        row = self._meter.row()
         self.log.append(row)
+        skipped = row["skipped_steps"] - self._skips_reported
+        if skipped:
+            self._reporter.warn(
+                f"{skipped} of the steps up to step {row['step']:,} skipped: loss or gradient was not finite"
+            )
+        self._skips_reported = row["skipped_steps"]
         return row
 
-    def _refuse_nonsense(self) -> None:
-        values = dict(self._means.means())
-        if (
-            self._last and self._trainer.scale_is_fixed
-        ):  # a float16 loss scale is expected to overflow now and then
-            values["grad_norm"] = self._last["grad_norm"].item()
-        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if wrong:
-            found = ", ".join(f"{name} {value}" for name, value in wrong.items())
-            raise TrainingDiverged(
-                f"training diverged by step {self._trainer.step}: {found}; the last checkpoint is older; "
-                "try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller clip_norm"
-            )
+    def _stop_if_stuck(self, skips: Skips) -> None:
+        """Raises `TrainingDiverged` after as many skipped steps in a row as the recipe allows."""
+        if skips.in_a_row >= self._recipe.max_skipped_steps:
+            self.log.flush()
+            culprit = self._trainer.find_nonfinite(self._batch_of(skips.first))
+            raise stuck(self._folder, self._recipe, skips, culprit, self._windows_of(skips.first))
 
     def _saved(self) -> Path:
         """The checkpoint of this step, written now if it is not there."""
         path = step_folder(self._folder, self._trainer.step)
         if not path.is_dir():
-            with self._clock.paused():
+            with self._meter.paused():
                 self._save()
         return path
 
     def _save(self) -> None:
-        self._refuse_nonsense()
         trainer = self._trainer
+        check_weights(self._folder, self._model, trainer.step)
         self.log.flush()
         save_checkpoint(
             self._folder,
@@ -231,7 +223,7 @@ class Session:
             model=self._model,
             state={
                 "trainer": trainer.state_dict(),
-                "means": self._means.state_dict(),
+                "means": self._meter.state_dict(),
                 "micro_batch": trainer.micro_batch,
                 "device": self._device.type,
             },
@@ -254,7 +246,7 @@ class Session:
             task.advance(n)
             self._stop.poll()
 
-        with self._clock.paused(), self._reporter.task("evaluating", total=count) as task:
+        with self._meter.paused(), self._reporter.task("evaluating", total=count) as task:
             result = measure_perplexity(
                 self._model,
                 self._data.validation,
@@ -280,11 +272,3 @@ class Session:
                 top_k=50,
                 seed=self._recipe.seed,
             )
-
-
-def _short(number: float) -> str:
-    """1234 as 1.2k."""
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{suffix}"
-    return f"{number:.0f}"
