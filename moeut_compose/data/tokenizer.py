@@ -63,6 +63,12 @@ class Tokenizer:
         """SHA-256 of the model."""
         return hashlib.sha256(self._model).hexdigest()
 
+    @property
+    def start_id(self) -> int | None:
+        """Id of `<s>`, or else of `</s>`; None if there is neither. Training text holds none of them."""
+        known = (self._processor.bos_id(), self._processor.eos_id())
+        return next((identity for identity in known if identity >= 0), None)
+
     def encode(self, text: str) -> list[int]:
         """Ids of one document."""
         return self._processor.encode(_valid(text))
