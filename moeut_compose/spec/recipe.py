@@ -223,6 +223,13 @@ class LoggingSpec(Spec):
     """Steps between rows of the metrics files; a row holds means over these steps."""
 
 
+class HardwareSpec(Spec):
+    """What is known of the device, for figures that depend on it."""
+
+    peak_tflops: PositiveFloat | None = None
+    """Peak speed in TFLOP/s that utilisation (MFU) refers to; none: that of the device by name, if it is known."""
+
+
 class RecipeSpec(Spec):
     """How a model is trained."""
 
@@ -259,6 +266,7 @@ class RecipeSpec(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     logging: LoggingSpec = LoggingSpec()
+    hardware: HardwareSpec = HardwareSpec()
     seed: Steps = 0
     """Fixes initial weights, order of the data and sampling."""
 

@@ -1,10 +1,11 @@
-"""What is measured between two rows of the metrics: means over the steps taken, speed, memory."""
+"""What is measured between two rows of the metrics: means over the steps taken, speed, utilisation, memory."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from moeut_compose.measure.hardware import model_flops_utilisation
 from moeut_compose.train.device import used_memory
 from moeut_compose.train.metrics import RunningMeans, StepClock
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 class Meter:
     """Follows a trainer from row to row."""
 
-    def __init__(self, trainer: Trainer, plan: TrainingPlan) -> None:
+    def __init__(self, trainer: Trainer, plan: TrainingPlan, peak: float | None) -> None:
+        """`peak`: TFLOP/s of the device, if known; without it there is no utilisation."""
         self._trainer = trainer
         self._plan = plan
+        self._peak = peak
         self._means = RunningMeans()
         self._clock = StepClock(trainer.device)
         self._last: dict[str, Tensor] = {}
@@ -39,6 +42,7 @@ class Meter:
         """The row of the steps since the last one; its event is `skipped` if none of them was taken."""
         step, means = self._trainer.step, self._means.means()
         grad_norm = self._last["grad_norm"].item()
+        speed = self._clock.tokens_per_second()
         row = {
             "event": "train" if means else "skipped",
             "step": step,
@@ -47,7 +51,8 @@ class Meter:
             "lr": self._trainer.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "skipped_steps": self._trainer.skips.read().total,
-            "tokens_per_second": self._clock.tokens_per_second(),
+            "tokens_per_second": speed,
+            "mfu": model_flops_utilisation(self._plan.macs_per_token, speed, self._peak),
             "memory_bytes": used_memory(self._trainer.device),
         }
         self._means.clear()
@@ -56,11 +61,17 @@ class Meter:
 
     def detail(self, row: Row) -> str:
         """A row for the progress line."""
-        return _detail(row.get("cross_entropy"), row["tokens_per_second"])
+        return self._detail(row.get("cross_entropy"), row["tokens_per_second"])
 
     def glance(self) -> str:
         """The last step for the progress line; waits for the device."""
-        return _detail(self._last["cross_entropy"].item(), self._clock.tokens_per_second())
+        return self._detail(self._last["cross_entropy"].item(), self._clock.tokens_per_second())
+
+    def _detail(self, loss: float | None, speed: float) -> str:
+        shown = "skipped" if loss is None or not math.isfinite(loss) else f"loss {loss:.3f}"
+        used = model_flops_utilisation(self._plan.macs_per_token, speed, self._peak)
+        share = "n/a" if used is None else f"{used:.1%}"
+        return f"{shown}  {_short(speed)} tokens/s  MFU {share}"
 
     def start(self) -> None:
         """Time begins to count."""
@@ -75,11 +86,6 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._means.load_state_dict(state)
-
-
-def _detail(loss: float | None, speed: float) -> str:
-    shown = "skipped" if loss is None or not math.isfinite(loss) else f"loss {loss:.3f}"
-    return f"{shown}  {_short(speed)} tokens/s"
 
 
 def _short(number: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeut_compose.measure.hardware import FLOPS_PER_MAC
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
 from moeut_compose.train.device import choose_device, choose_precision, describe_device, free_memory
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.device import PrecisionName
 
-_FLOPS_PER_MAC = 6
-"""One multiplication and one addition, forward and twice backward."""
 _CPU_EFFICIENCY = 0.35
 """Share of the speed of a large matrix product that a training step reaches on a CPU."""
 _CURVE_POINTS = 48
@@ -87,7 +86,7 @@ def plan_training(
     macs = count_macs(spec, context).total_per_token
     seconds = None
     if place.type == "cpu":
-        seconds = steps * tokens_per_step * macs * _FLOPS_PER_MAC / (measure_cpu_flops() * _CPU_EFFICIENCY)
+        seconds = steps * tokens_per_step * macs * FLOPS_PER_MAC / (measure_cpu_flops() * _CPU_EFFICIENCY)
     return TrainingPlan(
         architecture=spec.name,
         recipe=recipe.name,

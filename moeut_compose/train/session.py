@@ -16,6 +16,7 @@ import torch
 from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
+from moeut_compose.measure.hardware import peak_tflops
 from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.divergence import check_weights, stuck
@@ -82,7 +83,8 @@ class Session:
             micro_batch=plan.micro_batch,
             graphed=recipe.cuda_graph and self._device.type == "cuda",
         )
-        self._meter = Meter(self._trainer, plan)
+        peak = recipe.hardware.peak_tflops or peak_tflops(plan.device_name, plan.precision)
+        self._meter = Meter(self._trainer, plan, peak)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take up a checkpoint, or start from fresh weights."""

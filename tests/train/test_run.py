@@ -1,8 +1,10 @@
 """The run folder: its layout, and that it alone is enough."""
 
 import csv
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from safetensors import safe_open
 
 from moeut_compose.data.tokenizer import Tokenizer
+from moeut_compose.measure.macs import count_macs
+from moeut_compose.progress import PlainReporter
 from moeut_compose.spec.io import load_recipe, load_spec, parse_spec
 from moeut_compose.spec.model import ModelSpec
-from moeut_compose.spec.recipe import AdamWSpec, CheckpointSpec, RecipeSpec, SentencePieceFile
+from moeut_compose.spec.recipe import AdamWSpec, CheckpointSpec, HardwareSpec, RecipeSpec, SentencePieceFile
 from moeut_compose.train.checkpoint import list_checkpoints
 from moeut_compose.train.errors import CheckpointError, RunError, RunNotFound, TrainingDiverged
 from moeut_compose.train.metrics import read_rows
@@ -67,6 +71,27 @@ def test_metrics_hold_means_and_parts(spec: ModelSpec, recipe: RecipeSpec) -> No
         (row["event"], row["step"]) for row in rows
     ]
     assert float(table[0]["loss"]) == training[0]["loss"]
+
+
+def test_utilisation_needs_a_peak(spec: ModelSpec, recipe: RecipeSpec) -> None:
+    plain = train(spec, recipe)
+    assert {row["mfu"] for row in training_rows(plain.folder)} == {None}
+    known = recipe.model_copy(update={"hardware": HardwareSpec(peak_tflops=2.0)})
+    for row in training_rows(train(spec, known).folder):
+        flops = 6 * count_macs(spec, 16).total_per_token * row["tokens_per_second"]
+        assert row["mfu"] == pytest.approx(flops / 2e12)
+
+
+def training_rows(run: Path) -> list[dict]:
+    return [row for row in read_rows(run / "metrics.jsonl") if row["event"] == "train"]
+
+
+def test_the_progress_line_shows_loss_speed_and_utilisation(spec: ModelSpec, recipe: RecipeSpec) -> None:
+    for peak, shown in ((None, r"MFU n/a"), (1e-9, r"MFU \d+\.\d%")):
+        out = io.StringIO()
+        hardware = HardwareSpec(peak_tflops=peak)
+        train(spec, recipe.model_copy(update={"hardware": hardware}), reporter=PlainReporter(out))
+        assert re.search(rf"^training: 8/8  loss \d\.\d+  [\d.]+k? tokens/s  {shown}", out.getvalue(), re.M)
 
 
 def test_training_lowers_the_loss(spec: ModelSpec, recipe: RecipeSpec) -> None:
