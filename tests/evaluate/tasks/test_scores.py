@@ -154,7 +154,7 @@ def test_hellaswag(make_run, files: Path) -> None:
 
 def test_lambada(make_run, files: Path) -> None:
     """Greedy predictions at as many places as the word has letters must end in the word, boundary included."""
-    texts = ["oh Shane is Shane", "oh is Shame", "oh to it", "is Sheila"]
+    texts = ["oh Shane is Shane", "oh is Shame", "oh to it", "is Sheila", "oh up Shane"]
     (files / "lambada_test.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
     run = make_run(
         {
@@ -165,6 +165,7 @@ def test_lambada(make_run, files: Path) -> None:
             "am": {"e": 0.9},
             "e": {"▁is": 0.9},
             "▁to": {"▁it": 0.5},
+            "▁up": {"Sh": 0.8, "▁Sh": 0.1},
         }
     )
     result = score(run, "lambada", files)
@@ -172,16 +173,18 @@ def test_lambada(make_run, files: Path) -> None:
     # 2 `▁oh ▁is ▁Sh am e`: predictions `▁Sh ▁Sh an e` end in Shane, not Shame: wrong
     # 3 two letters: predictions `▁Sh ▁it`: right
     # 4 `▁is ▁Sh ei la`: `▁Sh an` and whatever follows `ei`: wrong
-    assert result.accuracy == 2 / 4
-    assert result.others["last_token_accuracy"] == 3 / 4
+    # 5 `▁oh ▁up ▁Sh an e`: predictions `▁Sh Sh an e`, without a border before Shane: wrong
+    assert result.accuracy == 2 / 5
+    assert result.others["last_token_accuracy"] == 4 / 5
     unknown = 0.1 / 94, 1 / 96  # `ei` after `▁Sh`, `la` after `ei`
     nats = [
         math.log(0.7 * 0.6 * 0.9) / 3,
         math.log(0.7 * 0.3 * 0.9) / 3,
         math.log(0.5),
         math.log(0.7 * unknown[0] * unknown[1]) / 3,
+        math.log(0.1 * 0.6 * 0.9) / 3,
     ]
-    assert result.others["target_perplexity"] == pytest.approx(math.exp(-sum(nats) / 4), rel=1e-5)
+    assert result.others["target_perplexity"] == pytest.approx(math.exp(-sum(nats) / 5), rel=1e-5)
 
 
 def test_lambada_in_the_harness(make_run, files: Path) -> None:
