@@ -52,7 +52,8 @@ class Trainer:
         self._graphed = graphed
         self._graph: GraphedPass | None = None
         self._steers = any_steered(model)
-        self._seen: Stats = {}
+        self.seen: Stats = {}
+        """What the routers and halting rules of the last step returned, summed over its batch."""
         self.step = 0
         self.steps = steps
         self.micro_batch = micro_batch
@@ -113,7 +114,7 @@ class Trainer:
         routers = [module for module in self.model.modules() if isinstance(module, Router)]
         buffers = [buffer for router in routers for buffer in router.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]
-        steer_routers(self.model, self._seen)
+        steer_routers(self.model, self.seen)
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(skipped, old, buffer))
 
@@ -165,14 +166,14 @@ class Trainer:
 
     def _accumulate(self, batch: Tensor, between: Callable[[float], None]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        self._seen = {}
+        self.seen = {}
         parts = batch.split(self.micro_batch)
         for number, part in enumerate(parts):
             share = len(part) / len(batch)
             terms = self._pass(part.to(self.device, non_blocking=True), share)
             if self._graph is not None and number + 1 < len(parts):
                 self._graph.keep_gradients()
-            self._seen = pool(self._seen, below("stats", terms))
+            self.seen = pool(self.seen, below("stats", terms))
             for name, term in terms.items():
                 if not name.startswith("stats."):
                     values[name] = values.get(name, 0.0) + term * share
@@ -197,8 +198,7 @@ class Trainer:
             loss = out.cross_entropy + sum(out.losses.values())
         self._scaler.scale(loss * share).backward()
         terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
-        if self._steers:
-            terms |= under("stats", totals(out.stats))
+        terms |= under("stats", totals(out.stats))
         return {name: term.detach() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:

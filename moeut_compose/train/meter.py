@@ -1,4 +1,4 @@
-"""What is measured between two rows of the metrics: means over the steps taken, speed, utilisation, memory."""
+"""What is measured between two rows of the metrics: means over the steps taken, router loads, speed, memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moeut_compose.measure.hardware import model_flops_utilisation
 from moeut_compose.train.device import used_memory
 from moeut_compose.train.metrics import RunningMeans, StepClock
+from moeut_compose.train.router_load import RouterLoads
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ class Meter:
         self._plan = plan
         self._peak = peak
         self._means = RunningMeans()
+        self._loads = RouterLoads(trainer.device)
         self._clock = StepClock(trainer.device)
         self._last: dict[str, Tensor] = {}
 
@@ -37,6 +39,7 @@ class Meter:
         self._clock.count(self._plan.tokens_per_step)
         means = {name: value for name, value in values.items() if name not in ("grad_norm", "skipped")}
         self._means.add(means, values["skipped"])
+        self._loads.add(self._trainer.seen, values["skipped"])
 
     def row(self) -> Row:
         """The row of the steps since the last one; its event is `skipped` if none of them was taken."""
@@ -54,8 +57,10 @@ class Meter:
             "tokens_per_second": speed,
             "mfu": model_flops_utilisation(self._plan.macs_per_token, speed, self._peak),
             "memory_bytes": used_memory(self._trainer.device),
+            **(self._loads.columns() if means else {}),
         }
         self._means.clear()
+        self._loads.clear()
         self._clock.reset()
         return row
 
@@ -82,10 +87,11 @@ class Meter:
         return self._clock.paused()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._means.state_dict()
+        return self._means.state_dict() | {"loads": self._loads.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._means.load_state_dict(state)
+        self._loads.load_state_dict(state.get("loads", {}))
 
 
 def _short(number: float) -> str:
