@@ -221,6 +221,8 @@ class LoggingSpec(Spec):
 
     interval: Count = 10
     """Steps between rows of the metrics files; a row holds means over these steps."""
+    tensorboard: bool = False
+    """Also write the rows for TensorBoard, which has to be installed."""
 
 
 class HardwareSpec(Spec):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from moeut_compose.train.tensorboard import TensorBoardLog
+
 Row = dict[str, Any]
 
 
@@ -93,8 +95,12 @@ class StepClock:
 class MetricsLog:
     """The metrics files of a run."""
 
-    def __init__(self, folder: Path, *, keep_until: int) -> None:
-        """Open the files of a run folder, dropping rows of steps after `keep_until` and torn lines."""
+    def __init__(self, folder: Path, *, keep_until: int, board: TensorBoardLog | None = None) -> None:
+        """Open the files of a run folder, dropping rows of steps after `keep_until` and torn lines.
+
+        New rows also go to `board`.
+        """
+        self._board = board
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
         self.rows = [row for row in read_rows(self._jsonl) if row["step"] <= keep_until]
@@ -106,14 +112,20 @@ class MetricsLog:
         self.rows.append(row)
         self._file.write(_line(row))
         self._file.flush()
+        if self._board is not None:
+            self._board.append(row)
 
     def flush(self) -> None:
         """Force the rows to disk and bring the CSV file up to date."""
         os.fsync(self._file.fileno())
         write_atomically(self._csv, as_csv(self.rows).encode())
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -32,6 +32,7 @@ from moeut_compose.train.modes import execution_modes
 from moeut_compose.train.plan import context_of, plan_training
 from moeut_compose.train.session import Session, TrainResult
 from moeut_compose.train.signals import catch_signals
+from moeut_compose.train.tensorboard import summary_writer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +114,8 @@ def train(
     reporter = reporter or SilentReporter()
     recipe = with_absolute_paths(recipe)
     place = choose_device(device)
+    if recipe.logging.tensorboard:
+        summary_writer()  # if it is missing, say so before anything is prepared
     with ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
         stack.enter_context(execution_modes(recipe))

@@ -29,6 +29,7 @@ from moeut_compose.train.modes import compile_layers
 from moeut_compose.train.plot import plot_loss
 from moeut_compose.train.result import TrainResult, columns_of, from_columns
 from moeut_compose.train.signals import StopRequested
+from moeut_compose.train.tensorboard import TensorBoardLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +102,9 @@ class Session:
                 self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
         if self._recipe.compile is True:
             compile_layers(self._model)
-        self._log = MetricsLog(self._folder, keep_until=self._trainer.step)
+        step = self._trainer.step
+        board = TensorBoardLog(self._folder, first_step=step) if self._recipe.logging.tensorboard else None
+        self._log = MetricsLog(self._folder, keep_until=step, board=board)
 
     @property
     def log(self) -> MetricsLog:
