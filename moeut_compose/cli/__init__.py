@@ -10,6 +10,7 @@ from moeut_compose.cli.author import new, schema, validate
 from moeut_compose.cli.bench import bench
 from moeut_compose.cli.browse import ls, show
 from moeut_compose.cli.count import macs, params
+from moeut_compose.cli.doctor import doctor
 from moeut_compose.cli.failures import Commands
 from moeut_compose.cli.interchange import import_
 from moeut_compose.cli.run import train
@@ -58,4 +59,5 @@ def main(
 for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
     app.command()(command)
 app.command("import")(import_)
+app.command()(doctor)
 app.add_typer(bench, name="bench")
