@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeut_compose.build import build_model
 from moeut_compose.spec.model import ModelSpec
-from moeut_compose.spec.recipe import AdamWSpec, RecipeSpec
+from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule, RecipeSpec
+from moeut_compose.train.device import Precision
 from moeut_compose.train.errors import Interrupted
+from moeut_compose.train.loop import Trainer
 from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.run import load_run, train
 
@@ -42,8 +45,6 @@ def test_a_deterministic_run_resumes_to_the_same_bits(
 def test_the_micro_batch_shrinks_when_memory_runs_out(
     spec: ModelSpec, recipe: RecipeSpec, monkeypatch: pytest.MonkeyPatch, stop_at
 ) -> None:
-    from moeut_compose.train.loop import Trainer
-
     original = Trainer.train_step
 
     def short_of_memory(self: Trainer, batch: torch.Tensor, **options) -> dict[str, torch.Tensor]:
@@ -56,3 +57,35 @@ def test_the_micro_batch_shrinks_when_memory_runs_out(
     batch = recipe.batch.model_copy(update={"micro": "auto"})
     assert train(spec, recipe.model_copy(update={"batch": batch}), device="cuda", reporter=reporter).step == 8
     assert "out of memory; going on with micro-batches of 2 sequences" in reporter.messages
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graph"])
+def test_a_skipped_step_leaves_no_trace(spec: ModelSpec, precision: str, graphed: bool) -> None:
+    trainer = Trainer(
+        build_model(spec, device="cuda", seed=1),
+        optimizer=AdamWSpec(lr=1e-2),
+        schedule=CosineSchedule(warmup_steps=2),
+        steps=10,
+        clip_norm=0.25,
+        precision=Precision(precision, "cuda"),
+        micro_batch=4,
+        graphed=graphed,
+    )
+    batch = torch.randint(0, 120, (8, 17), generator=torch.Generator().manual_seed(0))
+    while trainer.train_step(batch)["skipped"]:
+        pass  # a float16 loss scale looks for its size
+    weight = trainer.model.final_norm.weight
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    clean = weight[0].item()
+    with torch.no_grad():
+        weight[0] = float("nan")  # in place, so that a recorded graph reads it
+    assert trainer.train_step(batch)["skipped"]
+    trainer.skips.glance()
+    assert trainer.skips.glance() == trainer.skips.read()
+    with torch.no_grad():
+        weight[0] = clean
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not trainer.train_step(batch)["skipped"]
+    assert trainer.skips.read().in_a_row == 0
