@@ -225,6 +225,7 @@ def parts() -> dict[str, Callable[[], object]]:
     from moeut_kernels import triton_feedforward as ff
     from moeut_kernels import triton_pairs as pairs
     from moeut_kernels import triton_rows as rows
+    from moeut_kernels import triton_sums as sums
 
     layer = Feedforward(FEEDFORWARDS[1])
     x, grad, gate, (up, down) = layer.x.detach(), layer.grad, layer.gate.detach(), layer.casts
@@ -252,7 +253,7 @@ def parts() -> dict[str, Callable[[], object]]:
         "topk sigmoid": lambda: mk.topk_sigmoid(logits, k, 387),
         "gather up": lambda: rows.grouped_rows(x, up, slots, tiles, per_row=k, kind="relu", gate=gate),
         "walk down": lambda: rows.ordered_rows(hidden, down, slots, tiles),
-        "sum": lambda: rows.gather_sum(products, position, n, k),
+        "sum": lambda: sums.gather_sum(products, position, n, k),
         "gather_backward": lambda: ff.backward_hidden(
             grad, down, gate, hidden, none, slots, tiles, k, "relu"
         ),
@@ -266,7 +267,7 @@ def parts() -> dict[str, Callable[[], object]]:
         "routing attention": lambda: mk.plan(attention.indices[0], attention.n_experts, disjoint=True),
         "pair_narrow values": lambda: pairs.narrow(xa, values, *of_pairs[0], per_row=4, keep=True),
         "pair_wide outputs": lambda: pairs.wide(mixed, outputs, *of_pairs[1]),
-        "sum heads": lambda: rows.gather_sum(partial, None, n, 4),
+        "sum heads": lambda: sums.gather_sum(partial, None, n, 4),
         "pair_narrow_backward outputs": lambda: pairs.narrow(
             d_outputs, outputs, *of_pairs[1], per_row=4, transposed=True, other=mixed
         ),

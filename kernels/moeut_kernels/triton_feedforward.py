@@ -19,15 +19,13 @@ from moeut_kernels.triton_rows import (
     accumulate,
     activate,
     activation_slope,
-    gather_sum,
     grouped_rows,
     ordered_rows,
-    row_dots,
     safe_gate,
-    segment_sum,
     tile_rows,
     weight_gradient,
 )
+from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import block, rows_for, tile
 
 _INNER = {"swiglu": "silu", "geglu": "gelu"}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moeut_kernels import triton_pairs
 from moeut_kernels.side_stream import beside, join
-from moeut_kernels.triton_rows import gather_sum, grouped_rows, row_dots, segment_sum, weight_gradient
+from moeut_kernels.triton_rows import grouped_rows, weight_gradient
+from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import offers
 
 Routing = Sequence[Tensor]
