@@ -92,7 +92,7 @@ class Stage(nn.Module):
         return StageRun(output, losses, stats | under("halting", halting_stats), tuple(memories))
 
     def _copies(self, x: Tensor) -> list[Copies | None]:
-        """For each member that runs more than once, its expert weights in the dtype of autocast."""
+        """For each member, its expert weights in the dtype of autocast, made once for all its uses."""
         kind = x.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return [None] * len(self.layers)
