@@ -23,9 +23,13 @@ FAILED = 1
 USAGE = 2
 
 
-def complain(text: str) -> None:
-    """Say something on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def complain(text: str, *, is_shared: bool = True) -> None:
+    """Say something on stderr; of several processes the main one alone says what all of them have to say."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(text, file=sys.stderr, flush=True)
+    elif not is_shared:
+        print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 class Commands(TyperGroup):
@@ -43,16 +47,16 @@ class Commands(TyperGroup):
             complain(f"error: {error}")
             raise typer.Exit(USAGE) from None
         except TrainError as error:
-            complain(f"error: {error}")
+            complain(f"error: {error}", is_shared=error.is_shared)
             raise typer.Exit(error.exit_code) from None
         except DataError as error:
-            complain(f"error: {error}")
+            complain(f"error: {error}", is_shared=False)
             raise typer.Exit(FAILED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `head` does
             raise typer.Exit(0) from None
         except OSError as error:
-            complain(f"error: {describe_os_error(error)}")
+            complain(f"error: {describe_os_error(error)}", is_shared=False)
             raise typer.Exit(FAILED) from None
         return result
 

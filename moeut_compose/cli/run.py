@@ -56,6 +56,7 @@ def train(
     - `moeut-compose train my.yaml d_model=256 recipe.optimizer.lr=1e-3 recipe.steps=500 --out runs/wide`
     - `moeut-compose train moeut_244m --recipe paper --dry-run`
     - `moeut-compose train --resume runs/wide`
+    - `torchrun --nproc-per-node 2 -m moeut_compose train moeut_244m recipe.parallelism=fsdp`
     """
     changes = check_overrides(overrides)
     if spec is not None and is_override(spec):
@@ -102,10 +103,13 @@ def _train(
 ) -> None:
     from moeut_compose.progress import format_duration, make_reporter
     from moeut_compose.train.run import train as train_run
+    from moeut_compose.world import started_world
 
     result = train_run(
         spec, recipe, out=out, resume=resume, argv=sys.argv, reporter=make_reporter(), device=device
     )
+    if not started_world().is_main:
+        return
     validation = result.validation
     if as_json:
         print_json(

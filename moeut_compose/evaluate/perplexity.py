@@ -16,6 +16,7 @@ from moeut_compose.data.errors import DataError
 from moeut_compose.data.prepare import prepare_validation
 from moeut_compose.data.tokens import open_tokens
 from moeut_compose.progress import SilentReporter
+from moeut_compose.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,36 +55,41 @@ def measure_perplexity(
     windows: int | None = None,
     batch_size: int = 8,
     between: Callable[[int], None] = lambda n: None,
+    world: World | None = None,
 ) -> Perplexity:
     """Perplexity of a model over the first `windows` windows of a text (none: all).
 
-    `between` is called after each batch with its number of windows. Bytes are counted in proportion to
-    tokens.
+    The processes of `world` take a batch each in turn. `between` is called after each round of batches with its
+    number of windows. Bytes are counted in proportion to tokens.
     """
+    world = world or World()
     device = next(model.parameters()).device
     count = text.n_windows(context) if windows is None else min(windows, text.n_windows(context))
     if count == 0:
         raise ValueError(f"the text has {text.index.n_tokens} tokens, less than one window of {context}")
     was_training = model.training
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for start in range(0, count, batch_size):
-                indices = range(start, min(start + batch_size, count))
-                batch = torch.from_numpy(text.windows(indices, context)).to(device)
+            for start in range(0, count, batch_size * world.size):
+                first = start + batch_size * world.rank
+                indices = range(first, min(first + batch_size, count))
+                # split weights need every process: without windows of its own one computes for nothing
+                batch = torch.from_numpy(text.windows(indices or range(1), context)).to(device)
                 out = model(batch[:, :-1], targets=batch[:, 1:])
-                total += out.cross_entropy.double().item() * len(indices) * context
-                between(len(indices))
+                total += out.cross_entropy.double() * len(indices) * context
+                between(min(batch_size * world.size, count - start))
     finally:
         model.train(was_training)
     n_tokens = count * context
-    mean = total / n_tokens
+    nats = world.sum({"nats": total})["nats"].item()
+    mean = nats / n_tokens
     n_bytes = n_tokens * text.index.n_bytes / text.index.n_tokens
     return Perplexity(
         cross_entropy=mean,
         perplexity=math.inf if mean >= 700 else math.exp(mean),
-        bits_per_byte=total / math.log(2) / n_bytes,
+        bits_per_byte=nats / math.log(2) / n_bytes,
         tokens=n_tokens,
         windows=count,
     )

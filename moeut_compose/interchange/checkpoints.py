@@ -32,7 +32,7 @@ from moeut_compose.interchange.unpickle import load_safely
 from moeut_compose.spec.io import dump_yaml, load_recipe
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.train import folder as run_folder
-from moeut_compose.train.checkpoint import copy_weights, save_checkpoint
+from moeut_compose.train.checkpoint import copy_weights, save_checkpoint, weights_of
 from moeut_compose.train.errors import CheckpointError, RunNotFound
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")
@@ -110,7 +110,9 @@ def import_checkpoint(original: Original, out: Path, *, tokenizer: Tokenizer | N
     if tokenizer is not None:
         tokenizer.save(out / run_folder.TOKENIZER)
     meta = {"data": None, "imported": {"format": original.origin, "path": str(original.path.absolute())}}
-    save_checkpoint(out, step=original.step, model=model, state={}, architecture=architecture, meta=meta)
+    save_checkpoint(
+        out, step=original.step, weights=weights_of(model), state={}, architecture=architecture, meta=meta
+    )
     return spec
 
 

@@ -263,6 +263,8 @@ class RecipeSpec(Spec):
     """On CUDA, record forward and backward once and replay them: no time is lost between kernels."""
     backend: Literal["auto", "triton", "torch", "grouped_mm"] = "auto"
     """Implementation of the expert products."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """Where `torchrun` starts several processes: weights on each of them (ddp) or split over them (fsdp)."""
     deterministic: bool = False
     """Refuse operations whose results depend on timing."""
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -279,6 +281,14 @@ class RecipeSpec(Spec):
         if self.steps is not None and self.tokens is not None:
             raise ValueError(
                 f"steps={self.steps} and tokens={self.tokens} are both given; set one of them to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_hold_whole_weights(self) -> Self:
+        if self.cuda_graph and self.parallelism == "fsdp":
+            raise ValueError(
+                "cuda_graph=true records a step on whole weights and parallelism=fsdp splits them; change one of them"
             )
         return self
 

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.files import fsync_directory, hash_file, write_atomically
 from moeut_compose.train.errors import CheckpointError
+from moeut_compose.train.parallel import like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -94,16 +95,22 @@ def copy_weights(weights: dict[str, Tensor], model: nn.Module, origin: Path) -> 
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(weights[name])
+            target.copy_(like(weights[name], target))
 
 
 def save_checkpoint(
-    run: Path, *, step: int, model: nn.Module, state: dict[str, Any], architecture: str, meta: dict[str, Any]
+    run: Path,
+    *,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: dict[str, Any],
+    architecture: str,
+    meta: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of a step and point `latest` to it. Raises `CheckpointError` if the disk refuses.
 
-    `architecture` is the resolved YAML, `state` whatever `Checkpoint.load_state` shall give back (tensors,
-    numbers, strings, lists and dicts only), `meta` goes into `meta.json`.
+    `weights` are those of `weights_of`, `architecture` is the resolved YAML, `state` whatever `Checkpoint.load_state`
+    shall give back (tensors, numbers, strings, lists and dicts only), `meta` goes into `meta.json`.
     """
     final = step_folder(run, step)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
@@ -111,8 +118,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         header = {"format": "pt", "architecture": architecture, "step": str(step)}
-        weights = {name: tensor.cpu().contiguous() for name, tensor in weights_of(model).items()}
-        save_file(weights, temporary / WEIGHTS, metadata=header)
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        save_file(on_cpu, temporary / WEIGHTS, metadata=header)
         torch.save(state, temporary / STATE)
         files = {name: _flushed(temporary / name) for name in (WEIGHTS, STATE)}
         text = json.dumps({"format": FORMAT, "step": step, **meta, "files": files}, indent=1)

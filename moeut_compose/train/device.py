@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from moeut_compose.train.errors import TrainError
+
 PrecisionName = Literal["bf16", "fp16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -20,6 +22,26 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def own_device(device: str | torch.device, number: int) -> torch.device:
+    """The device of process `number` on its machine, where each has one: that GPU, or the CPU.
+
+    Raises `TrainError` if there are fewer GPUs or one of them is named.
+    """
+    place = choose_device(device)
+    if place.type != "cuda":
+        return place
+    if place.index is not None:
+        raise TrainError(f"--device {place}: each process takes a GPU of its own; write auto or cuda")
+    if number >= torch.cuda.device_count():
+        raise TrainError(
+            f"process {number} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "start at most one process for each (torchrun --nproc-per-node)"
+        )
+    own = torch.device("cuda", number)
+    torch.cuda.set_device(own)
+    return own
 
 
 def describe_device(device: torch.device) -> str:

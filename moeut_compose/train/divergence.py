@@ -12,6 +12,7 @@ from moeut_compose.train.checkpoint import list_checkpoints
 from moeut_compose.train.errors import TrainingDiverged
 from moeut_compose.train.nonfinite import nonfinite_weight
 from moeut_compose.train.skipping import Skips
+from moeut_compose.world import World
 
 _SHOWN_WINDOWS = 8
 
@@ -30,10 +31,9 @@ def stuck(
     )
 
 
-def check_weights(run: Path, model: nn.Module, step: int) -> None:
-    """Raises `TrainingDiverged` naming the first weight that is not finite."""
-    name = nonfinite_weight(model)
-    if name is not None:
+def check_weights(run: Path, model: nn.Module, step: int, world: World) -> None:
+    """Raises `TrainingDiverged` naming the first weight that is not finite on any process."""
+    for name in filter(None, world.gather(nonfinite_weight(model))):
         raise TrainingDiverged(
             f"training diverged by step {step}: weight {name} is not finite; nothing is saved, {_way_back(run)}; "
             "try a lower optimizer.lr or a longer schedule.warmup_steps"

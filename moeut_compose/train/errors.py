@@ -12,6 +12,8 @@ class TrainError(Exception):
     """Training cannot start or go on; the message says why and what helps."""
 
     exit_code = 1
+    is_shared = False
+    """Whether every process of a run fails with it, so that one of them is enough to say so."""
 
 
 class RunError(TrainError):
@@ -31,9 +33,19 @@ class CheckpointError(TrainError):
 class TrainingDiverged(TrainError):
     """Loss or gradients stopped being numbers."""
 
+    is_shared = True
+
+
+class OtherProcessFailed(TrainError):
+    """Another process of the run has failed, and said why."""
+
+    is_shared = True
+
 
 class Interrupted(TrainError):
     """A signal asked training to stop: exit code 130 for SIGINT, 143 for SIGTERM."""
+
+    is_shared = True
 
     def __init__(self, signum: int, *, checkpoint: Path | None = None) -> None:
         self.exit_code = 128 + signum

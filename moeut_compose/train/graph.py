@@ -34,7 +34,9 @@ class GraphedPass:
         torch.cuda.current_stream(example.device).wait_stream(stream)
         torch.cuda.empty_cache()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(
+            self._graph, capture_error_mode="thread_local"
+        ):  # NCCL watches from another thread
             self._values = run(self._batch)
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         _drop_gradients(parameters)

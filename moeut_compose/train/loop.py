@@ -18,18 +18,24 @@ from moeut_compose.blocks.stats import Stats, below, pool, totals, under
 from moeut_compose.blocks.steered_routers import any_steered, steer_routers
 from moeut_compose.train.errors import TrainError
 from moeut_compose.train.graph import GraphedPass
-from moeut_compose.train.nonfinite import first_nonfinite
+from moeut_compose.train.nonfinite import first_nonfinite, nonfinite_weight
 from moeut_compose.train.optim import build_optimizer, clip_gradients
+from moeut_compose.train.parallel import Engine, collect, like, whole
 from moeut_compose.train.schedule import lr_at
 from moeut_compose.train.skipping import SkipCounter, step_unless
+from moeut_compose.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
+    from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.spec.recipe import OptimizerSpec, ScheduleSpec
     from moeut_compose.train.device import Precision
+
+SEED_STRIDE = 1_000_003
+"""Keeps the random numbers of processes apart."""
 
 
 class Trainer:
@@ -37,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         *,
         optimizer: OptimizerSpec,
         schedule: ScheduleSpec,
@@ -46,9 +52,17 @@ class Trainer:
         precision: Precision,
         micro_batch: int,
         graphed: bool = False,
+        world: World | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        """`graphed`: replay forward and backward as a CUDA graph; tokens and shapes must decide nothing on the host."""
+        """Settings of the steps.
+
+        `graphed`: replay forward and backward as a CUDA graph; tokens and shapes must decide nothing on the host.
+        `world` and `engine`: the processes that share each batch, and how; without them this one is alone.
+        """
         self.model = model
+        self._world = world or World()
+        self._engine = engine or Engine(model)
         self._graphed = graphed
         self._graph: GraphedPass | None = None
         self._steers = any_steered(model)
@@ -74,12 +88,13 @@ class Trainer:
     def train_step(
         self, batch: Tensor, *, between: Callable[[float], None] = lambda share: None
     ) -> dict[str, Tensor]:
-        """Take one optimiser step on windows `batch [B, T + 1]`.
+        """Take one optimiser step on windows `batch [B, T + 1]`, this process' part of them.
 
-        Loss and gradient are the means over the batch, whatever the micro-batch. `between` is called after
-        each micro-batch with its share of the batch; whatever it raises undoes the step. Returns scalars on
-        the device: `loss`, its parts (`cross_entropy` and the model's own terms), `grad_norm` before clipping,
-        and the boolean `skipped`: loss or norm is not finite, and weights, buffers and optimiser are as before.
+        Loss and gradient are the means over the batches of all processes, whatever the micro-batch. `between` is
+        called after each micro-batch with its share of the batch; whatever it raises undoes the step. Returns
+        scalars on the device: `loss`, its parts (`cross_entropy` and the model's own terms), `grad_norm` before
+        clipping, and the boolean `skipped`: loss or norm is not finite, and weights, buffers and optimiser are as
+        before.
         """
         self.model.train()
         random_state = random_state_dict(self.device)
@@ -92,7 +107,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self._scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model.parameters(), self._clip_norm).detach()
+        norm = whole(clip_gradients(self.model.parameters(), self._clip_norm).detach())
         has_loss = values["loss"].isfinite()
         skipped = ~(has_loss & norm.isfinite())
         self.skips.record(self.step, skipped, has_loss & self._scale_may_fall())
@@ -121,6 +136,8 @@ class Trainer:
     def find_nonfinite(self, batch: Tensor) -> str | None:
         """Repeat forward and backward on `batch [B, T + 1]` and name what is not finite first; None: nothing.
 
+        It is a weight, or else what `first_nonfinite` finds on the first process that finds anything.
+
         Weights and random state stay as they are; recorded graphs are given up.
         """
         self._graph = None
@@ -131,8 +148,14 @@ class Trainer:
             for part in batch.split(self.micro_batch):
                 self._forward_backward(part.to(self.device), len(part) / len(batch))
 
+        def first(found: list[str | None]) -> str | None:
+            return next((name for name in found if name is not None), None)
+
+        weight = first(self._world.gather(nonfinite_weight(self.model)))
+        if weight is not None:
+            return f"weight {weight}"
         try:
-            return first_nonfinite(self.model, run)
+            return first(self._world.gather(first_nonfinite(self.model, run)))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             load_random_state(state, self.device)
@@ -170,7 +193,8 @@ class Trainer:
         parts = batch.split(self.micro_batch)
         for number, part in enumerate(parts):
             share = len(part) / len(batch)
-            terms = self._pass(part.to(self.device, non_blocking=True), share)
+            with self._engine.micro_batch(is_last=number + 1 == len(parts)):
+                terms = self._pass(part.to(self.device, non_blocking=True), share)
             if self._graph is not None and number + 1 < len(parts):
                 self._graph.keep_gradients()
             self.seen = pool(self.seen, below("stats", terms))
@@ -178,7 +202,9 @@ class Trainer:
                 if not name.startswith("stats."):
                     values[name] = values.get(name, 0.0) + term * share
             between(share)
-        return values
+        self._engine.finish_backward()
+        self.seen = self._world.sum(self.seen)
+        return self._world.mean(values)
 
     def _pass(self, part: Tensor, share: float) -> dict[str, Tensor]:
         """`_forward_backward`, replayed where a graph of it is asked for and fits."""
@@ -194,7 +220,7 @@ class Trainer:
     def _forward_backward(self, windows: Tensor, share: float) -> dict[str, Tensor]:
         """Of a micro-batch that is a `share` of the batch: its losses, without gradient, and its statistics."""
         with self._precision.autocast():
-            out = self.model(windows[:, :-1], targets=windows[:, 1:])
+            out = self._engine.forward(windows[:, :-1], targets=windows[:, 1:])
             loss = out.cross_entropy + sum(out.losses.values())
         self._scaler.scale(loss * share).backward()
         terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
@@ -202,13 +228,18 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the weights: tensors by parameter name, numbers and random state."""
+        """All but the weights: tensors by parameter name, numbers and random states of all processes.
+
+        All processes have to ask for it; the tensors of the optimiser are complete on the main one.
+        """
+        first, *others = self._world.gather(random_state_dict(self.device))
         return {
             "step": self.step,
-            "optimizer": optimizer_state(self.optimizer, self.model),
+            "optimizer": optimizer_state(self.optimizer, self.model, keep=self._world.is_main),
             "scaler": self._scaler.state_dict(),
             "skips": self.skips.state_dict(),
-            "random": random_state_dict(self.device),
+            "random": first,
+            "random_of_others": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,20 +250,36 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
         if "skips" in state:
             self.skips.load_state_dict(state["skips"])
-        load_random_state(state["random"], self.device)
+        states = [state["random"], *state.get("random_of_others", ())]
+        if len(states) == self._world.size or self._world.is_main:
+            load_random_state(states[self._world.rank], self.device)
+        else:
+            torch.manual_seed(SEED_STRIDE * self._world.rank + self.step)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The optimiser's tensors under parameter names."""
-    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, keep: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The optimiser's tensors under parameter names; where they are split over processes, gathered if `keep` is set."""
+    return {
+        name: collect(optimizer.state[p], keep=keep)
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """The reverse of `optimizer_state`."""
     current = optimizer.state_dict()
     names = {id(p): name for name, p in model.named_parameters()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    current["state"] = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    current["state"] = {
+        index: {
+            key: like(value, p) if value.shape == p.shape else value for key, value in state[name].items()
+        }
+        for index, p in enumerate(parameters)
+        if (name := names[id(p)]) in state
+    }
     optimizer.load_state_dict(current)
 
 

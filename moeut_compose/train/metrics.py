@@ -12,7 +12,7 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -95,35 +95,43 @@ class StepClock:
 class MetricsLog:
     """The metrics files of a run."""
 
-    def __init__(self, folder: Path, *, keep_until: int, board: TensorBoardLog | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, keep_until: int, board: TensorBoardLog | None = None, writes: bool = True
+    ) -> None:
         """Open the files of a run folder, dropping rows of steps after `keep_until` and torn lines.
 
-        New rows also go to `board`.
+        New rows also go to `board`. Without `writes` they are only remembered: another process writes the files.
         """
         self._board = board
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
         self.rows = [row for row in read_rows(self._jsonl) if row["step"] <= keep_until]
-        write_atomically(self._jsonl, "".join(_line(row) for row in self.rows).encode())
-        self._file = self._jsonl.open("a", encoding="utf-8")
+        self._file: TextIO | None = None
+        if writes:
+            write_atomically(self._jsonl, "".join(_line(row) for row in self.rows).encode())
+            self._file = self._jsonl.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
         """Add a row, at once visible to readers of the file."""
         self.rows.append(row)
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
         if self._board is not None:
             self._board.append(row)
 
     def flush(self) -> None:
         """Force the rows to disk and bring the CSV file up to date."""
+        if self._file is None:
+            return
         os.fsync(self._file.fileno())
         write_atomically(self._csv, as_csv(self.rows).encode())
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

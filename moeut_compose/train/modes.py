@@ -28,12 +28,18 @@ def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
+        if recipe.compile is True:
+            # compiled layers are smaller than what DDP sends at once: cutting them up would only cost fusions
+            stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         yield
 
 
 def compile_layers(model: LanguageModel) -> None:
-    """Compile every layer with weights of its own, once, however often it runs, and the loss of a chunk."""
+    """Compile every layer with weights of its own, once, however often it runs, and the loss of a chunk.
+
+    Hooks stay outside: those that gather split weights cannot be compiled.
+    """
     model.loss_and_gradient = torch.compile(model.loss_and_gradient)
     for module in model.modules():
         if isinstance(module, Layer):
-            module.compile()
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]

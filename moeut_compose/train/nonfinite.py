@@ -7,26 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moeut_compose.blocks.model import ModelOutput
 
 
 def nonfinite_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that holds a NaN or an infinity."""
+    """The name of the first weight that holds a NaN or an infinity, in the part of it that this process has."""
     named = list(model.named_parameters())
-    sound = torch.stack([weight.detach().isfinite().all() for _, weight in named]).tolist()
+    sound = torch.stack([_own_part(weight).isfinite().all() for _, weight in named]).tolist()
     return next((name for (name, _), is_sound in zip(named, sound, strict=True) if not is_sound), None)
 
 
 def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
     """What is not finite first when `run` takes `model` forward and backward; None if everything is finite.
 
-    It is a weight, or else the output of the innermost module, or else the gradient nearest to the loss. Gradients are
-    left on the parameters.
+    It is the output of the innermost module, or else the gradient nearest to the loss. Gradients are left on the
+    parameters.
     """
-    weight = nonfinite_weight(model)
-    if weight is not None:
-        return f"weight {weight}"
     found: list[str] = []
 
     def watch_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -38,7 +36,7 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
 
     def watch_gradient(name: str) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
-            if not found and parameter.grad is not None and not _is_finite(parameter.grad):
+            if not found and parameter.grad is not None and not _is_finite(_own_part(parameter.grad)):
                 found.append(f"gradient of {name}")
 
         return look
@@ -55,7 +53,14 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
+    for name, parameter in model.named_parameters():  # gradients of split weights arrive without a hook
+        if isinstance(parameter, DTensor):
+            watch_gradient(name)(parameter)
     return found[0] if found else None
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _is_finite(tensor: Tensor) -> bool:

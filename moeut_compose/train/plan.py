@@ -40,6 +40,9 @@ class TrainingPlan:
     macs_per_token: int
     context: int
     batch_size: int
+    n_processes: int
+    process_batch: int
+    """Sequences of a batch that each process takes."""
     micro_batch: int
     accumulation: int
     tokens_per_step: int
@@ -61,9 +64,12 @@ class TrainingPlan:
 
 
 def plan_training(
-    spec: ModelSpec, recipe: RecipeSpec, *, device: str | torch.device = "auto"
+    spec: ModelSpec, recipe: RecipeSpec, *, device: str | torch.device = "auto", n_processes: int = 1
 ) -> TrainingPlan:
-    """Work out a run, without data or weights. Raises `TrainError` if recipe and architecture do not fit."""
+    """Work out a run of `n_processes`, without data or weights.
+
+    Raises `TrainError` if recipe, architecture and processes do not fit.
+    """
     place = choose_device(device)
     precision = choose_precision(recipe.precision, place).name
     context = context_of(spec, recipe)
@@ -71,10 +77,13 @@ def plan_training(
     params = count_params(spec)
     activations = trace_activations(spec, context, precision)
     free = free_memory(place)
-    micro = recipe.batch.micro
-    if micro == "auto":
+    process_batch = _process_batch(recipe.batch.size, n_processes)
+    micro = process_batch
+    if recipe.batch.micro != "auto":
+        micro = min(recipe.batch.micro, process_batch)
+    else:
         micro = choose_micro_batch(
-            recipe.batch.size,
+            process_batch,
             activations=activations,
             n_params=params.total,
             context=context,
@@ -98,8 +107,10 @@ def plan_training(
         macs_per_token=macs,
         context=context,
         batch_size=recipe.batch.size,
+        n_processes=n_processes,
+        process_batch=process_batch,
         micro_batch=micro,
-        accumulation=-(-recipe.batch.size // micro),
+        accumulation=-(-process_batch // micro),
         tokens_per_step=tokens_per_step,
         steps=steps,
         tokens=steps * tokens_per_step,
@@ -109,6 +120,16 @@ def plan_training(
         seconds=seconds,
         notes=_notes(recipe, steps, tokens_per_step, memory, free),
     )
+
+
+def _process_batch(size: int, n_processes: int) -> int:
+    if size % n_processes:
+        near = [n for n in (size // n_processes * n_processes, -(-size // n_processes) * n_processes) if n]
+        raise TrainError(
+            f"recipe.batch.size={size} cannot be split evenly over {n_processes} processes; "
+            f"set recipe.batch.size={' or '.join(map(str, near))}"
+        )
+    return size // n_processes
 
 
 def context_of(spec: ModelSpec, recipe: RecipeSpec) -> int:

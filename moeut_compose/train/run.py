@@ -7,7 +7,7 @@ later lies in its folder: architecture, recipe, tokenizer, held-out text, metric
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +25,18 @@ from moeut_compose.spec.io import dump_yaml, load_recipe, load_spec, parse_spec
 from moeut_compose.spec.recipe import JsonlData, SentencePieceFile, TextData
 from moeut_compose.train import folder as run_folder
 from moeut_compose.train.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
-from moeut_compose.train.device import choose_device
-from moeut_compose.train.errors import CheckpointError, RunError
+from moeut_compose.train.device import choose_device, own_device
+from moeut_compose.train.errors import CheckpointError, OtherProcessFailed, RunError, TrainError
 from moeut_compose.train.folder import resume_folder as resume_folder
 from moeut_compose.train.modes import execution_modes
 from moeut_compose.train.plan import context_of, plan_training
 from moeut_compose.train.session import Session, TrainResult
 from moeut_compose.train.signals import catch_signals
 from moeut_compose.train.tensorboard import summary_writer
+from moeut_compose.world import PeerFailed, PeerLost, local_rank, started_world, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.progress import Reporter
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from moeut_compose.train.checkpoint import Checkpoint
     from moeut_compose.train.folder import Resume
     from moeut_compose.train.plan import TrainingPlan
+    from moeut_compose.world import World
 
 
 @dataclass(frozen=True)
@@ -108,31 +110,44 @@ def train(
     `resume`: "auto" goes on with the run in `out` if there is one; "none" begins anew and wants `out` empty;
     a run or checkpoint folder is gone on with, in place or, with another `out`, in a new run.
 
+    Started by `torchrun`, each process takes its part of every batch; the main one alone speaks and writes, and all
+    return the same result.
+
     Raises `DataError`, `TrainError` and its kinds: `RunError`, `CheckpointError`, `TrainingDiverged`,
     `Interrupted`.
     """
-    reporter = reporter or SilentReporter()
+    world = started_world()
+    reporter = (reporter if world.is_main else None) or SilentReporter()
     recipe = with_absolute_paths(recipe)
-    place = choose_device(device)
+    place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
     if recipe.logging.tensorboard:
         summary_writer()  # if it is missing, say so before anything is prepared
+    way: Resume = resume if resume in ("auto", "none") else Path(resume)
+    wanted = None if out is None else Path(out)
     with ExitStack() as stack:
-        stop = stack.enter_context(catch_signals())
+        stop = stack.enter_context(catch_signals(world))
+        stack.enter_context(_company(world, place))
         stack.enter_context(execution_modes(recipe))
-        plan = plan_training(spec, recipe, device=place)
-        way: Resume = resume if resume in ("auto", "none") else Path(resume)
-        origin = _Origin.of(spec, recipe, None if out is None else Path(out), way)
-        data = prepare_data(
-            recipe,
-            vocab_size=spec.vocab_size,
-            context=plan.context,
-            tokenizer=origin.tokenizer(),
-            reporter=reporter,
+        plan = world.on_main(lambda: plan_training(spec, recipe, device=place, n_processes=world.size))
+        origin = world.on_main(lambda: _Origin.of(spec, recipe, wanted, way))
+        data = world.main_first(
+            lambda: prepare_data(
+                recipe,
+                vocab_size=spec.vocab_size,
+                context=plan.context,
+                tokenizer=origin.tokenizer(),
+                reporter=reporter,
+            )
         )
-        stack.enter_context(run_folder.locked(origin.folder))
-        checkpoint = origin.checkpoint(data, reporter)
-        _write_folder(origin.folder, spec, recipe, data, plan, argv, place)
-        _announce(spec, plan, data, origin.folder, checkpoint, reporter)
+
+        def open_folder() -> Checkpoint | None:
+            stack.enter_context(run_folder.locked(origin.folder))
+            found = origin.checkpoint(data, reporter)
+            _write_folder(origin.folder, spec, recipe, data, plan, argv, place)
+            _announce(spec, recipe, plan, data, origin.folder, found, reporter)
+            return found
+
+        checkpoint = world.on_main(open_folder)
         model = build_model(spec, device=place, seed=recipe.seed, init=checkpoint is None)
         session = Session(
             origin.folder,
@@ -141,12 +156,31 @@ def train(
             plan,
             data,
             architecture=dump_yaml(spec),
+            world=world,
             stop=stop,
             reporter=reporter,
         )
         stack.callback(session.close)
         session.begin(checkpoint)
         return session.run()
+
+
+@contextmanager
+def _company(world: World, device: torch.device) -> Iterator[None]:
+    """The other processes of a run, and what their end means for this one. Raises `TrainError`."""
+    try:
+        with translated():
+            world.open(device)
+            yield
+    except PeerFailed as error:
+        raise OtherProcessFailed(str(error)) from error
+    except PeerLost as error:
+        raise TrainError(
+            f"another process of this run is gone ({error}); what was saved is whole, and the same command goes on "
+            "from the newest checkpoint if it names the run folder with --out or --resume"
+        ) from error
+    finally:
+        world.close()
 
 
 @dataclass(frozen=True)
@@ -260,8 +294,15 @@ def _write_folder(
         raise RunError(f"cannot write to the run folder {folder}: {error.strerror or error}") from error
 
 
+def _place(plan: TrainingPlan, recipe: RecipeSpec) -> str:
+    if plan.n_processes == 1:
+        return plan.device_name
+    return f"{plan.n_processes} processes ({recipe.parallelism}), each with {plan.device_name},"
+
+
 def _announce(
     spec: ModelSpec,
+    recipe: RecipeSpec,
     plan: TrainingPlan,
     data: PreparedData,
     folder: Path,
@@ -275,7 +316,7 @@ def _announce(
         f"{passes:.2g} passes over {data.train.index.n_tokens:,} tokens"
     )
     parts = f"{plan.accumulation} x {plan.micro_batch} sequences a step"
-    reporter.note(f"on {plan.device_name} in {plan.precision}, {parts}")
+    reporter.note(f"on {_place(plan, recipe)} in {plan.precision}, {parts}")
     left = 1 - (checkpoint.step if checkpoint else 0) / plan.steps
     if plan.seconds is not None and left > 0:
         reporter.note(f"expected to take about {format_duration(plan.seconds * left)} on this CPU")

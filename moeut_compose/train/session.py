@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,15 +17,16 @@ from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.measure.hardware import peak_tflops
-from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder
+from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder, weights_of
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.divergence import check_weights, stuck
 from moeut_compose.train.errors import Interrupted
 from moeut_compose.train.folder import PLOTS
-from moeut_compose.train.loop import Trainer
+from moeut_compose.train.loop import SEED_STRIDE, Trainer
 from moeut_compose.train.meter import Meter
 from moeut_compose.train.metrics import MetricsLog
 from moeut_compose.train.modes import compile_layers
+from moeut_compose.train.parallel import collect, spread
 from moeut_compose.train.plot import plot_loss
 from moeut_compose.train.result import TrainResult, columns_of, from_columns
 from moeut_compose.train.signals import StopRequested
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from moeut_compose.train.plan import TrainingPlan
     from moeut_compose.train.signals import StopSignal
     from moeut_compose.train.skipping import Skips
+    from moeut_compose.world import World
 
 
 class Session:
@@ -60,9 +62,11 @@ class Session:
         data: PreparedData,
         *,
         architecture: str,
+        world: World,
         stop: StopSignal,
         reporter: Reporter,
     ) -> None:
+        self._world = world
         self._folder = folder
         self._model = model
         self._recipe = recipe
@@ -74,6 +78,8 @@ class Session:
         self._device = next(model.parameters()).device
         self._log: MetricsLog | None = None
         self._skips_reported = 0
+        graphed = recipe.cuda_graph and self._device.type == "cuda"
+        engine = spread(model, world, recipe.parallelism, graphed=graphed)
         self._trainer = Trainer(
             model,
             optimizer=recipe.optimizer,
@@ -82,15 +88,17 @@ class Session:
             clip_norm=recipe.clip_norm,
             precision=choose_precision(recipe.precision, self._device),
             micro_batch=plan.micro_batch,
-            graphed=recipe.cuda_graph and self._device.type == "cuda",
+            graphed=graphed,
+            world=world,
+            engine=engine,
         )
         peak = recipe.hardware.peak_tflops or peak_tflops(plan.device_name, plan.precision)
-        self._meter = Meter(self._trainer, plan, peak)
+        self._meter = Meter(self._trainer, plan, peak and peak * world.size)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take up a checkpoint, or start from fresh weights."""
         if checkpoint is None:
-            torch.manual_seed(self._recipe.seed)
+            torch.manual_seed(self._recipe.seed + SEED_STRIDE * self._world.rank)
             random.seed(self._recipe.seed)
         else:
             checkpoint.load_weights(self._model)
@@ -98,13 +106,19 @@ class Session:
             self._trainer.load_state_dict(state["trainer"])
             self._meter.load_state_dict(state["means"])
             self._skips_reported = self._trainer.skips.read().total
-            if self._recipe.batch.micro == "auto" and state["device"] == self._device.type:
+            if (
+                self._recipe.batch.micro == "auto"
+                and state["device"] == self._device.type
+                and (state.get("world_size", 1) == self._world.size)
+            ):
                 self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
         if self._recipe.compile is True:
             compile_layers(self._model)
         step = self._trainer.step
-        board = TensorBoardLog(self._folder, first_step=step) if self._recipe.logging.tensorboard else None
-        self._log = MetricsLog(self._folder, keep_until=step, board=board)
+        board = None
+        if self._recipe.logging.tensorboard and self._world.is_main:
+            board = TensorBoardLog(self._folder, first_step=step)
+        self._log = MetricsLog(self._folder, keep_until=step, board=board, writes=self._world.is_main)
 
     @property
     def log(self) -> MetricsLog:
@@ -123,6 +137,7 @@ class Session:
                 self._train()
                 validation = self._evaluate()
             except StopRequested as request:
+                self._stop.answered()
                 self.log.flush()
                 raise Interrupted(request.signum, checkpoint=self._saved()) from request
             losses = [row["cross_entropy"] for row in self.log.rows if row["event"] == "train"]
@@ -134,13 +149,13 @@ class Session:
                 loss=losses[-1] if losses else math.nan,
                 validation=validation,
                 sample=self._write_sample(),
-                plot=plot_loss(
-                    self.log.rows,
-                    self._folder / PLOTS,
-                    title=f"{self._plan.architecture}, {self._plan.recipe}",
-                ),
+                plot=self._world.on_main(self._draw),
                 seconds=time.monotonic() - start,
             )
+
+    def _draw(self) -> Path:
+        title = f"{self._plan.architecture}, {self._plan.recipe}"
+        return plot_loss(self.log.rows, self._folder / PLOTS, title=title)
 
     def _train(self) -> None:
         """Take the steps that are left, and save the last."""
@@ -159,9 +174,10 @@ class Session:
 
         def between(share: float) -> None:
             task.advance(share)
-            self._stop.poll()
+            if self._world.size == 1:
+                self._stop.poll()
 
-        may_shrink = recipe.batch.micro == "auto"
+        may_shrink = recipe.batch.micro == "auto" and self._world.size == 1
         values = trainer.fitting_step(batch, between=between, may_shrink=may_shrink, warn=self._reporter.warn)
         self._meter.add(values)
         is_last = trainer.step == trainer.steps
@@ -173,6 +189,8 @@ class Session:
         elif self._device.type == "cpu":  # elsewhere reading the loss would make the device wait
             detail = self._meter.glance()
         task.advance(0, detail=detail)
+        if self._world.size > 1:  # all processes have to stop after the same step
+            self._stop.poll(self._world.largest_late(self._stop.signum or 0))
 
     def _windows_of(self, step: int) -> list[int]:
         recipe = self._recipe
@@ -180,7 +198,10 @@ class Session:
         return windows_of_step(step, recipe.batch.size, n_windows, recipe.seed, recipe.order)
 
     def _batch_of(self, step: int) -> Tensor:
-        return torch.from_numpy(self._data.train.windows(self._windows_of(step), self._plan.context))
+        """This process' part of the windows of a step."""
+        windows, size = self._windows_of(step), self._plan.process_batch
+        own = windows[self._world.rank * size : (self._world.rank + 1) * size]
+        return torch.from_numpy(self._data.train.windows(own, self._plan.context))
 
     def _do_what_is_due(self) -> None:
         """Save and evaluate, if this step asks for it and it is not done yet."""
@@ -213,27 +234,34 @@ class Session:
     def _saved(self) -> Path:
         """The checkpoint of this step, written now if it is not there."""
         path = step_folder(self._folder, self._trainer.step)
-        if not path.is_dir():
+        if not self._world.on_main(path.is_dir):
             with self._meter.paused():
                 self._save()
         return path
 
     def _save(self) -> None:
         trainer = self._trainer
-        check_weights(self._folder, self._model, trainer.step)
+        check_weights(self._folder, self._model, trainer.step, self._world)
         self.log.flush()
+        weights = collect(weights_of(self._model), keep=self._world.is_main)
+        state = {
+            "trainer": trainer.state_dict(),
+            "means": self._meter.state_dict(),
+            "micro_batch": trainer.micro_batch,
+            "device": self._device.type,
+            "world_size": self._world.size,
+        }
+        self._world.on_main(lambda: self._write_checkpoint(weights, state))
+
+    def _write_checkpoint(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        step = self._trainer.step
         save_checkpoint(
             self._folder,
-            step=trainer.step,
-            model=self._model,
-            state={
-                "trainer": trainer.state_dict(),
-                "means": self._meter.state_dict(),
-                "micro_batch": trainer.micro_batch,
-                "device": self._device.type,
-            },
+            step=step,
+            weights=weights,
+            state=state,
             architecture=self._architecture,
-            meta={"tokens": trainer.step * self._plan.tokens_per_step, "data": self._data.identity},
+            meta={"tokens": step * self._plan.tokens_per_step, "data": self._data.identity},
         )
         prune_checkpoints(self._folder, self._recipe.checkpoint)
 
@@ -249,7 +277,7 @@ class Session:
 
         def between(n: int) -> None:
             task.advance(n)
-            self._stop.poll()
+            self._stop.poll(self._world.largest(self._stop.signum or 0))
 
         with self._meter.paused(), self._reporter.task("evaluating", total=count) as task:
             result = measure_perplexity(
@@ -259,6 +287,7 @@ class Session:
                 windows=count,
                 batch_size=self._trainer.micro_batch,
                 between=between,
+                world=self._world,
             )
         row = {"event": "validation", "step": step, "tokens": step * self._plan.tokens_per_step}
         self.log.append(row | columns_of(result))

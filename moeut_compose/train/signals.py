@@ -2,13 +2,17 @@
 
 While data is prepared a signal stops at once. While the model trains it is only noted, and the loop asks
 between micro-batches, so that a checkpoint holds whole steps. A second signal always stops at once.
+
+A process that shares its work can wait for another one that is gone, and then it asks no more. So where there are
+several, a thread watches over the first signal and ends the process if no answer comes.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from moeut_compose.train.errors import Interrupted
@@ -16,6 +20,11 @@ from moeut_compose.train.errors import Interrupted
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
+
+    from moeut_compose.world import World
+
+_PATIENCE = 20.0
+"""Seconds; `torchrun` kills 30 seconds after it has sent SIGTERM."""
 
 
 class StopRequested(Exception):
@@ -32,11 +41,17 @@ class StopSignal:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._deferred = False
+        self._answered = threading.Event()
 
-    def poll(self) -> None:
-        """Raise `StopRequested` if a signal has come."""
-        if self.signum is not None:
-            raise StopRequested(self.signum)
+    def answered(self) -> None:
+        """The stop is under way: what follows may take its time."""
+        self._answered.set()
+
+    def poll(self, agreed: int | None = None) -> None:
+        """Raise `StopRequested` if a signal has come; with `agreed`, if that is a signal and not 0."""
+        signum = self.signum if agreed is None else agreed
+        if signum:
+            raise StopRequested(signum)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -54,7 +69,7 @@ class StopSignal:
 
 
 @contextmanager
-def catch_signals() -> Iterator[StopSignal]:
+def catch_signals(world: World) -> Iterator[StopSignal]:
     """Handle SIGINT and SIGTERM while inside. Only the main thread can; in others nothing is caught."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
@@ -62,7 +77,35 @@ def catch_signals() -> Iterator[StopSignal]:
         return
     previous = {signum: signal.signal(signum, stop.handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        with _watched(stop, world) if world.size > 1 else nullcontext():
+            yield stop
     finally:
+        stop.answered()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def _watched(stop: StopSignal, world: World) -> Iterator[None]:
+    """End the process `_PATIENCE` seconds after a signal that nobody answers, as when the main thread waits in vain."""
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        number = os.read(hears, 1)
+        if number and not stop._answered.wait(_PATIENCE):
+            text = f"rank {world.rank}: stopped by a signal while it waited for the others; nothing new is saved\n"
+            os.write(2, text.encode())
+            os._exit(128 + number[0])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.answered()
+        signal.set_wakeup_fd(before)
+        os.close(tells)  # the thread reads the end of the pipe
+        thread.join()
+        os.close(hears)
