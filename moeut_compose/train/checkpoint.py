@@ -149,6 +149,16 @@ def _replace_folder(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def tidy_checkpoints(run: Path) -> None:
+    """Remove what a process that was killed while it saved or deleted has left, and put back what it was replacing."""
+    for path in (run / "checkpoints").glob(".step-*"):
+        final = path.with_name(path.name.split(".")[1])
+        if path.suffix == ".old" and not final.exists():
+            path.rename(final)
+        elif path.suffix in (".tmp", ".old", ".gone"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, by step; none of them is verified."""
     folder = run / "checkpoints"
@@ -207,7 +217,7 @@ def prune_checkpoints(run: Path, spec: CheckpointSpec) -> list[Path]:
         step = int(path.name.removeprefix("step-"))
         if path in newest or (spec.keep_every is not None and step % spec.keep_every == 0):
             continue
-        hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.gone")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
         removed.append(path)

@@ -28,6 +28,9 @@ TOKENIZER = "tokenizer.model"
 ENVIRONMENT = "environment.json"
 VALIDATION = "validation"
 PLOTS = "plots"
+LOCK = ".lock"
+_BEGINNING = {ARCHITECTURE, ENVIRONMENT, TOKENIZER, VALIDATION}
+"""What is written before the recipe, which makes a folder a run."""
 
 Resume = Literal["auto", "none"] | Path
 
@@ -83,10 +86,12 @@ def resume_folder(out: Path | None, resume: Resume) -> Path | None:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises `RunError` if something is there already."""
-    if folder.exists() and (
-        not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
-    ):
+    """Raises `RunError` if something is there already, unless it is what a run left that ended before it began."""
+    if not folder.exists():
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    begun = _BEGINNING if LOCK in there else set()
+    if any(not name.startswith(".") for name in there - begun):
         hint = (
             "--resume auto goes on with this run"
             if list_checkpoints(folder)
@@ -104,7 +109,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / LOCK).open("w")
     except OSError as error:
         raise RunError(f"cannot write to the run folder {folder}: {error.strerror or error}") from error
     with file:

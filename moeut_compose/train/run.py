@@ -24,7 +24,12 @@ from moeut_compose.progress import SilentReporter, format_duration
 from moeut_compose.spec.io import dump_yaml, load_recipe, load_spec, parse_spec
 from moeut_compose.spec.recipe import JsonlData, SentencePieceFile, TextData
 from moeut_compose.train import folder as run_folder
-from moeut_compose.train.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint
+from moeut_compose.train.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    tidy_checkpoints,
+)
 from moeut_compose.train.device import choose_device, own_device
 from moeut_compose.train.errors import CheckpointError, OtherProcessFailed, RunError, TrainError
 from moeut_compose.train.folder import resume_folder as resume_folder
@@ -142,6 +147,7 @@ def train(
 
         def open_folder() -> Checkpoint | None:
             stack.enter_context(run_folder.locked(origin.folder))
+            tidy_checkpoints(origin.folder)
             found = origin.checkpoint(data, reporter)
             _write_folder(origin.folder, spec, recipe, data, plan, argv, place)
             _announce(spec, recipe, plan, data, origin.folder, found, reporter)
@@ -282,14 +288,16 @@ def _write_folder(
 ) -> None:
     """Everything but metrics and checkpoints. Raises `RunError` if the disk refuses."""
     try:
-        write_atomically(folder / run_folder.ARCHITECTURE, dump_yaml(spec).encode())
-        write_atomically(folder / run_folder.RECIPE, dump_yaml(recipe).encode())
         run_folder.write_environment(folder, argv, device)
         data.tokenizer.save(folder / run_folder.TOKENIZER)
         if not (folder / run_folder.VALIDATION).is_dir():
             windows = recipe.evaluation.windows
             n_tokens = None if windows is None else windows * plan.context + 1
             save_head(data.validation, folder / run_folder.VALIDATION, n_tokens)
+        write_atomically(folder / run_folder.ARCHITECTURE, dump_yaml(spec).encode())
+        write_atomically(
+            folder / run_folder.RECIPE, dump_yaml(recipe).encode()
+        )  # last: it makes a folder a run
     except OSError as error:
         raise RunError(f"cannot write to the run folder {folder}: {error.strerror or error}") from error
 
