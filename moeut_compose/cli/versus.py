@@ -9,9 +9,10 @@ import typer
 
 from moeut_compose.cli.arguments import JsonOption, SpecArgument, architecture_overrides, specs_and_overrides
 from moeut_compose.cli.failures import complain, failed, wrong_usage
-from moeut_compose.cli.output import print_csv, print_json, print_table
+from moeut_compose.cli.output import print_csv, print_json, print_markdown, print_table
 from moeut_compose.measure.compare import COLUMNS, Row, row_of_run, row_of_spec
 from moeut_compose.measure.match import Match, NoMatch, match_spec
+from moeut_compose.measure.tables import cell
 from moeut_compose.spec.io import load_recipe, load_spec
 
 
@@ -158,21 +159,5 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 def _print(rows: list[Row], *, as_markdown: bool) -> None:
     columns = [column for column in COLUMNS if any(getattr(row, column) is not None for row in rows)]
-    cells = [[_cell(getattr(row, column)) for column in columns] for row in rows]
-    if not as_markdown:
-        print_table(columns, cells)
-        return
-    for line in (columns, ["---", *["---:"] * (len(columns) - 1)], *cells):
-        print("| " + " | ".join(line) + " |")
-
-
-def _cell(value: object) -> str:
-    match value:
-        case None:
-            return "–"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        case int():
-            return f"{value:,}"
-        case _:
-            return str(value)
+    cells = [[cell(getattr(row, column)) for column in columns] for row in rows]
+    (print_markdown if as_markdown else print_table)(columns, cells)
