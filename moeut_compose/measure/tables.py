@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 
 
@@ -29,8 +30,8 @@ def cell(value: object) -> str:
         case bool() | str():
             return str(value)
         case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return json.dumps(value, ensure_ascii=False)

@@ -217,6 +217,8 @@ LIGHT = [
     ["validate", "moeut_244m", "quickstart"],
     ["schema"],
     ["schema", "recipe"],
+    ["schema", "sweep"],
+    ["sweep", "--help"],
     ["params", "moeut_244m", "--json"],
     ["macs", "moeut_244m"],
     ["macs", "moeut_244m", "--phases", "--markdown"],
