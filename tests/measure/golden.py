@@ -1,6 +1,6 @@
 """The counts of every built-in architecture, kept in files: a change of one is a decision, and is seen in review.
 
-    python tests/measure/golden.py     writes tests/measure/golden/ anew, from the closed form
+python tests/measure/golden.py     writes tests/measure/golden/ anew, from the closed form
 """
 
 import json

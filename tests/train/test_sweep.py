@@ -73,7 +73,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(sweep: Sweep, tmp_path: Path) 
         "from moeut_compose.train import loop, plan, session, sweep\n"
         "from moeut_compose.train.memory import Activations\n"
         "plan.measure_cpu_flops = lambda: 1e11\n"
-        "plan.trace_activations = lambda *_: Activations(fixed=0, per_sequence=2**20)\n"
+        "plan.trace_activations = lambda *_, **__: Activations(fixed=0, per_sequence=2**20)\n"
         "step, base = loop.Trainer.train_step, 0.003\n"
         "def fatal(self, *a, **k):\n"
         "    if self.step == 6 and self._base_lr == base: os.kill(os.getpid(), signal.SIGKILL)\n"
