@@ -6,6 +6,7 @@ from typing import Any
 import moeut_kernels as mk
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch.autograd.graph import saved_tensors_hooks
 
 from moeut_compose.build import build_model
@@ -13,7 +14,13 @@ from moeut_compose.spec.find import list_specs
 from moeut_compose.spec.io import load_spec
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.train.kept import trace_kept
-from moeut_compose.train.memory import Activations, estimate_memory, trace_activations
+from moeut_compose.train.memory import (
+    Activations,
+    choose_micro_batch,
+    estimate_memory,
+    trace_activations,
+)
+from tests.strategies import model_specs
 
 TINY = [found.name for found in list_specs("architectures") if found.name.endswith("_tiny")]
 WIDE = ["stages.0.layers.0.feedforward.d_ff=4096"]
@@ -48,8 +55,14 @@ def really_saved(spec: ModelSpec, batch: int, context: int, dtype: torch.dtype |
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "precision", "dtype"),
+    [
+        *((name, "bf16", torch.bfloat16) for name in TINY),
+        ("moeut_tiny", "fp32", None),
+        ("sut_tiny", "fp32", None),
+    ],
+)
 def test_the_trace_is_what_a_forward_pass_saves(name: str, precision: Any, dtype: torch.dtype | None) -> None:
     spec = load_spec(name)
     kept = trace_kept(spec, 64, precision)
@@ -118,6 +131,52 @@ def test_gradients_come_as_activations_go() -> None:
     assert (whole.weights, whole.gradients, whole.optimizer) == (20, 20, 40)
     assert whole.total == 20 + 40 + 150
     assert parts.total == 20 + 40 + 20 + 110
+
+
+def test_a_chosen_micro_batch_fits_with_room() -> None:
+    spec = load_spec("moeut_44m")
+    activations = trace_activations(spec, 1024, "bf16", device_type="cuda", compiled=True)
+    chosen = []
+    for free in (4 * 2**30, 8 * 2**30, 16 * 2**30, 80 * 2**30):
+        micro = choose_micro_batch(
+            64,
+            activations=activations,
+            n_params=spec.num_params(),
+            context=1024,
+            device=torch.device("cuda"),
+            free=free,
+        )
+        chosen.append(micro)
+        peaks = [
+            estimate_memory(spec.num_params(), activations, size, accumulates=size < 64).peak
+            for size in (micro, 2 * micro)
+        ]
+        assert peaks[0] <= 0.9 * free
+        assert micro == 64 or peaks[1] > 0.9 * free
+    assert chosen == sorted(chosen)
+    assert chosen[-1] == 64
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(model_specs(max_stages=1))
+def test_any_architecture_can_be_estimated(spec: ModelSpec) -> None:
+    for precision, device_type, compiled in (
+        ("fp32", "cpu", False),
+        ("bf16", "cuda", True),
+        ("fp16", "cuda", False),
+    ):
+        found = trace_activations(
+            spec, spec.context_length, precision, device_type=device_type, compiled=compiled
+        )
+        assert 0 < found.per_sequence_checkpointed <= found.per_sequence
+        assert len(found.gradients) == spec.depth
 
 
 def test_the_chosen_backend_decides_what_is_kept() -> None:
