@@ -24,7 +24,6 @@ from moeut_compose.spec.io import load_as, load_spec, model_of, split_overrides
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.problems import Problem, SpecError
 from moeut_compose.spec.schema import json_schema, plain_schema
-from moeut_compose.spec.sweep import SweepSpec
 
 DEFAULT_BASE = "moeut_tiny"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
@@ -48,6 +47,8 @@ def schema(
     - `moeut-compose schema architecture > schemas/architecture.json`
     """
     if kind is SchemaKind.sweep:
+        from moeut_compose.spec.sweep import SweepSpec
+
         print_json(plain_schema(SweepSpec))
         return
     folder: Kind = "architectures" if kind is SchemaKind.architecture else "recipes"

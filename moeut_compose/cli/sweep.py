@@ -13,9 +13,9 @@ from moeut_compose.cli.output import print_csv, print_json, print_markdown, prin
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
 from moeut_compose.measure.tables import cell
-from moeut_compose.spec.expand import PlannedRun, Sweep, load_sweep
 
 if TYPE_CHECKING:
+    from moeut_compose.spec.expand import PlannedRun, Sweep
     from moeut_compose.train.sweep import Outcome
 
 
@@ -45,6 +45,8 @@ def sweep(
     """
     if as_json + as_csv + as_markdown > 1:
         raise wrong_usage("--json, --csv and --markdown exclude each other")
+    from moeut_compose.spec.expand import load_sweep  # most commands read no recipe, and start faster without
+
     loaded = load_sweep(file)
     form = "json" if as_json else "csv" if as_csv else "markdown" if as_markdown else "table"
     if dry_run:
@@ -65,7 +67,7 @@ def sweep(
         raise typer.Exit(FAILED)
 
 
-def _show_plan(sweep: Sweep, form: str) -> None:
+def _show_plan(sweep: "Sweep", form: str) -> None:
     rows = [_planned(run) for run in sweep.runs]
     if form == "json":
         print_json(
@@ -80,7 +82,7 @@ def _show_plan(sweep: Sweep, form: str) -> None:
         print(f"\n{len(rows)} runs, {sum(row['tokens'] for row in rows):,} tokens")
 
 
-def _planned(run: PlannedRun) -> dict[str, Any]:
+def _planned(run: "PlannedRun") -> dict[str, Any]:
     return {
         "run": run.name,
         "architecture": run.architecture.name,
@@ -92,7 +94,7 @@ def _planned(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def _show_outcomes(sweep: Sweep, folder: Path, outcomes: "list[Outcome]", form: str) -> None:
+def _show_outcomes(sweep: "Sweep", folder: Path, outcomes: "list[Outcome]", form: str) -> None:
     from moeut_compose.train.sweep import table_of
 
     if form == "json":
