@@ -61,6 +61,7 @@ check: $(VENV)/installed-lint
 schemas: $(VENV)/installed
 	$(BIN)/moeut-compose schema architecture > schemas/architecture.json
 	$(BIN)/moeut-compose schema recipe > schemas/recipe.json
+	$(BIN)/moeut-compose schema sweep > schemas/sweep.json
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff format .

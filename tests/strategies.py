@@ -143,7 +143,7 @@ def stages(draw: st.DrawFn, *, peri: bool, halting: bool = True) -> Data:
 
 
 @st.composite
-def model_specs(draw: st.DrawFn, *, halting: bool = True) -> ModelSpec:
+def model_specs(draw: st.DrawFn, *, halting: bool = True, max_stages: int = 2) -> ModelSpec:
     """A random architecture; without `halting`, one in which every token takes every pass."""
     peri = draw(st.booleans())
     return ModelSpec.model_validate(
@@ -159,7 +159,7 @@ def model_specs(draw: st.DrawFn, *, halting: bool = True) -> ModelSpec:
             ),
             "norm": draw(norms(peri=peri)),
             "position": draw(positions),
-            "stages": draw(st.lists(stages(peri=peri, halting=halting), min_size=1, max_size=2)),
+            "stages": draw(st.lists(stages(peri=peri, halting=halting), min_size=1, max_size=max_stages)),
             "final_norm": draw(st.booleans()),
             "head": draw(fields(bias=st.booleans(), tied=st.booleans())),
         }

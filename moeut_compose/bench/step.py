@@ -18,8 +18,9 @@ from moeut_compose.build import build_model
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule
-from moeut_compose.train.device import choose_precision, describe_device
+from moeut_compose.train.device import Precision, choose_precision, describe_device
 from moeut_compose.train.loop import Trainer
+from moeut_compose.train.memory import MemoryEstimate, estimate_memory, trace_activations
 from moeut_compose.train.modes import compile_layers
 
 N_BATCHES = 3
@@ -44,6 +45,9 @@ class StepTiming:
     tokens_per_second: float
     model_tflops: float
     peak_gib: float | None
+    """The most that the allocator counted."""
+    estimated_gib: float
+    """What was expected to be counted: replays of a graph come after its count, so they leave the optimiser out."""
     first_step_seconds: float
     loss: float
 
@@ -108,6 +112,7 @@ def measure_step(
             _synchronize(device)
         profile(profiler)
     ms, tokens = statistics.median(times), batch * seq_len
+    estimate = _estimate(spec, seq_len, batch, micro_batch or batch, precision, compiled=compiled)
     macs = count_macs(spec, seq_len).total_per_token
     return StepTiming(
         name=spec.name,
@@ -124,9 +129,19 @@ def measure_step(
         tokens_per_second=1e3 * tokens / ms,
         model_tflops=6e-9 * macs * tokens / ms,
         peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        estimated_gib=(estimate.peak - (estimate.optimizer if graphed else 0)) / 2**30,
         first_step_seconds=first,
         loss=loss,
     )
+
+
+def _estimate(
+    spec: ModelSpec, seq_len: int, batch: int, micro_batch: int, precision: Precision, *, compiled: bool
+) -> MemoryEstimate:
+    activations = trace_activations(
+        spec, seq_len, precision.name, device_type=precision.device_type, compiled=compiled
+    )
+    return estimate_memory(spec.num_params(), activations, micro_batch, accumulates=micro_batch < batch)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from moeut_compose.spec.inherit import shown
 from moeut_compose.spec.io import load_as, load_spec, model_of, split_overrides
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.problems import Problem, SpecError
-from moeut_compose.spec.schema import json_schema
+from moeut_compose.spec.schema import json_schema, plain_schema
 
 DEFAULT_BASE = "moeut_tiny"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
@@ -34,17 +34,23 @@ class SchemaKind(StrEnum):
 
     architecture = "architecture"
     recipe = "recipe"
+    sweep = "sweep"
 
 
 def schema(
     kind: Annotated[SchemaKind, typer.Argument(help="Of which files.")] = SchemaKind.architecture,
 ) -> None:
-    """Print the JSON Schema of architecture or recipe files, for editors.
+    """Print the JSON Schema of architecture, recipe or sweep files, for editors.
 
     **Example**
 
     - `moeut-compose schema architecture > schemas/architecture.json`
     """
+    if kind is SchemaKind.sweep:
+        from moeut_compose.spec.sweep import SweepSpec
+
+        print_json(plain_schema(SweepSpec))
+        return
     folder: Kind = "architectures" if kind is SchemaKind.architecture else "recipes"
     print_json(json_schema(model_of(folder), folder))
 

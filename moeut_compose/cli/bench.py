@@ -70,7 +70,10 @@ def step(
             f"{timing.tokens_per_second:,.0f}",
             f"{timing.model_tflops:.1f}",
             "–" if timing.peak_gib is None else f"{timing.peak_gib:.1f}",
+            f"{timing.estimated_gib:.1f}",
         ]
         for timing in timings
     ]
-    print_table(["model", "ms", "spread", "to the first", "tokens/s", "model TFLOP/s", "peak GiB"], rows)
+    print_table(
+        ["model", "ms", "spread", "to the first", "tokens/s", "model TFLOP/s", "peak GiB", "expected"], rows
+    )

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moeut_compose.measure.tables import csv_table, markdown_table
+
 
 def as_json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False)
@@ -26,8 +28,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_text_
 
 
 def print_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    import csv
+    sys.stdout.write(csv_table(header, rows))
 
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+
+def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_text_columns: int = 1) -> None:
+    sys.stdout.write(markdown_table(header, rows, n_text_columns=n_text_columns))

@@ -27,6 +27,16 @@ def print_plan(plan: "TrainingPlan") -> None:
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}"),
         ("memory", f"about {_gib(memory.total)}{free}"),
+        (
+            "",
+            f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
+            f"optimiser {_gib(memory.optimizer)}, activations {_gib(memory.activations)}",
+        ),
+        (
+            "",
+            f"with activation checkpointing about {_gib(plan.memory_checkpointed.total)}, "
+            f"activations {_gib(plan.memory_checkpointed.activations)}",
+        ),
     ]
     if plan.seconds is not None:
         rows.append(("duration", f"about {format_duration(plan.seconds)}"))

@@ -1,5 +1,6 @@
 """`match` and `compare`: one architecture against another."""
 
+import json
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -9,9 +10,10 @@ import typer
 
 from moeut_compose.cli.arguments import JsonOption, SpecArgument, architecture_overrides, specs_and_overrides
 from moeut_compose.cli.failures import complain, failed, wrong_usage
-from moeut_compose.cli.output import print_csv, print_json, print_table
+from moeut_compose.cli.output import print_csv, print_json, print_markdown, print_table
 from moeut_compose.measure.compare import COLUMNS, Row, row_of_run, row_of_spec
 from moeut_compose.measure.match import Match, NoMatch, match_spec
+from moeut_compose.measure.tables import cell
 from moeut_compose.spec.io import load_recipe, load_spec
 
 
@@ -105,7 +107,10 @@ def _write_matched(base: str, found: Match, path: Path) -> None:
 
 def compare(
     models: Annotated[
-        list[str], typer.Argument(metavar="RUN|SPEC", help="Run folders and architectures, in any mixture.")
+        list[str],
+        typer.Argument(
+            metavar="RUN|SPEC", help="Run folders, sweep folders and architectures, in any mixture."
+        ),
     ],
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw into a .png, .svg or .pdf file.")
@@ -124,7 +129,8 @@ def compare(
     if as_json + as_csv + as_markdown > 1:
         raise wrong_usage("--json, --csv and --markdown exclude each other")
     names, overrides = specs_and_overrides(models)
-    rows = [_row(name, architecture_overrides(overrides)) for name in names]
+    changes = architecture_overrides(overrides)
+    rows = [_row(name, changes) for given in names for name in _runs_of(given)]
     if plot is not None:
         _plot(rows, plot)
     if as_json:
@@ -133,6 +139,21 @@ def compare(
         print_csv(COLUMNS, [[getattr(row, column) for column in COLUMNS] for row in rows])
     else:
         _print(rows, as_markdown=as_markdown)
+
+
+def _runs_of(name: str) -> list[str]:
+    """The runs of a sweep folder that have metrics, in the order of the sweep; anything else stands for itself."""
+    results = Path(name) / "results.json"
+    if not (Path(name) / "sweep.yaml").is_file() or not results.is_file():
+        return [name]
+    try:
+        runs = [Path(name) / entry["run"] for entry in json.loads(results.read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError):
+        raise failed(f"{results}: not the table of a sweep") from None
+    trained = [str(run) for run in runs if (run / "metrics.jsonl").is_file()]
+    if not trained:
+        raise failed(f"{name}: no run of this sweep has metrics yet")
+    return trained
 
 
 def _row(name: str, overrides: list[str]) -> Row:
@@ -158,21 +179,5 @@ def _plot(rows: list[Row], path: Path) -> None:
 
 def _print(rows: list[Row], *, as_markdown: bool) -> None:
     columns = [column for column in COLUMNS if any(getattr(row, column) is not None for row in rows)]
-    cells = [[_cell(getattr(row, column)) for column in columns] for row in rows]
-    if not as_markdown:
-        print_table(columns, cells)
-        return
-    for line in (columns, ["---", *["---:"] * (len(columns) - 1)], *cells):
-        print("| " + " | ".join(line) + " |")
-
-
-def _cell(value: object) -> str:
-    match value:
-        case None:
-            return "–"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        case int():
-            return f"{value:,}"
-        case _:
-            return str(value)
+    cells = [[cell(getattr(row, column)) for column in columns] for row in rows]
+    (print_markdown if as_markdown else print_table)(columns, cells)

@@ -14,10 +14,8 @@ from typing import Any
 
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
+from moeut_compose.measure.phases import FORWARD_PASSES_PER_STEP
 from moeut_compose.spec.model import ModelSpec
-
-FORWARD_PASSES_PER_STEP = 3
-"""A backward pass costs two forward passes."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
+from fvcore.nn import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, linear_flop_jit, matmul_flop_jit
 from torch import Tensor, nn
 
@@ -162,6 +162,25 @@ def trace_macs(spec: ModelSpec, seq_len: int | None = None) -> TracedMacs:
             if sum(counts[_scoped(name)].values())
         },
     )
+
+
+def count_built_params(spec: ModelSpec) -> dict[str, int]:
+    """Parameters of the built module by component, counted by fvcore: the check of `params_by_component`."""
+    model = build_model(spec, device="meta")
+    counts = parameter_count(model)
+    components: Counter[str] = Counter()
+    for name, _ in model.named_parameters():
+        components[_param_component(name)] += counts[name]
+    assert sum(components.values()) == counts[""]
+    return dict(components)
+
+
+def _param_component(name: str) -> str:
+    parts = name.split(".")
+    if parts[-1].startswith("lora_"):
+        return "lora"
+    owner = parts[4] if parts[2:3] == ["layers"] else parts[2] if parts[0] == "stages" else parts[0]
+    return "norm" if owner.endswith("_norm") else "head" if owner == "tied_bias" else owner
 
 
 def _scoped(name: str) -> str:

@@ -65,7 +65,7 @@ class Reader:
     def _parent(self, name: Scalar, child: Path) -> MapNode | None:
         """The tree of one extended spec: a path relative to the file that names it, or else a name."""
         try:
-            path = _beside(child, str(name.value)) or find(str(name.value), self.kind)
+            path = beside(child, str(name.value)) or find(str(name.value), self.kind)
         except NotFound as error:
             self._complain(name.place, str(error))
             return None
@@ -89,7 +89,7 @@ def shown(path: Path) -> str:
     return os.path.relpath(absolute, here)
 
 
-def _beside(child: Path, name: str) -> Path | None:
+def beside(child: Path, name: str) -> Path | None:
     """The file that a name means relative to the file that extends it."""
     path = child.parent / Path(name).expanduser()
     candidates = (

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -51,6 +51,16 @@ __all__ = [
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
+
+class Change(NamedTuple):
+    """An override that is written in a file, where its problems are to be shown."""
+
+    key: str
+    entry: Entry
+
+
+AnyOverride = TypeVar("AnyOverride", str, Change)
+
 RECIPE_PREFIX = "recipe."
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 _SHARED_KEYS = {"version", "name", "description", "kind"}
@@ -84,7 +94,7 @@ def model_of(kind: Kind) -> "type[ModelSpec] | type[RecipeSpec]":
 
 
 def load_as(
-    model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str] = ()
+    model: type[AnySpec], kind: Kind, name_or_path: str | Path, overrides: Sequence[str | Change] = ()
 ) -> AnySpec:
     """What `load_spec` and `load_recipe` do, for any spec that lives among the specs of `kind`."""
     reader = Reader(kind, Shape.of(model))
@@ -99,12 +109,13 @@ def parse_spec(text: str, overrides: Sequence[str] = (), *, file: str = "<text>"
     return _validated(ModelSpec, reader, tree, overrides)
 
 
-def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+def split_overrides(overrides: Iterable[AnyOverride]) -> tuple[list[AnyOverride], list[AnyOverride]]:
     """Overrides of the architecture, and those of the recipe (`recipe.key=value`)."""
-    architecture: list[str] = []
-    recipe: list[str] = []
+    architecture: list[AnyOverride] = []
+    recipe: list[AnyOverride] = []
     for override in overrides:
-        (recipe if override.startswith(RECIPE_PREFIX) else architecture).append(override)
+        key = override if isinstance(override, str) else override.key
+        (recipe if key.startswith(RECIPE_PREFIX) else architecture).append(override)
     return architecture, recipe
 
 
@@ -127,7 +138,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def _validated(
-    model: type[AnySpec], reader: Reader, tree: MapNode | None, overrides: Sequence[str]
+    model: type[AnySpec], reader: Reader, tree: MapNode | None, overrides: Sequence[str | Change]
 ) -> AnySpec:
     problems = reader.problems
     if tree is not None:
@@ -136,7 +147,7 @@ def _validated(
             whole = lay_over(whole, patch, reader.shape, (), problems)
         whole = without_nulls(whole, reader.shape)
         assert isinstance(whole, MapNode)
-        problems += _version_problems(whole)
+        problems += version_problems(whole)
         try:
             spec = model.model_validate_json(json.dumps(plain(whole)))
         except ValidationError as error:
@@ -149,9 +160,13 @@ def _validated(
     raise SpecError(sorted(problems, key=lambda p: (files.index(p.file), p.line, p.column)))
 
 
-def _override_patches(overrides: Sequence[str], kind: Kind, problems: list[Problem]) -> list[Reach]:
+def _override_patches(overrides: Sequence[str | Change], kind: Kind, problems: list[Problem]) -> list[Reach]:
     patches: list[Reach] = []
     for override in overrides:
+        if isinstance(override, Change):
+            key = override.key.removeprefix(RECIPE_PREFIX) if kind == "recipes" else override.key
+            patches.append(reach(key, override.entry))
+            continue
         place = Place(f"{COMMAND_LINE} {override}")
         match = _OVERRIDE.fullmatch(override)
         if match is None:
@@ -166,7 +181,8 @@ def _override_patches(overrides: Sequence[str], kind: Kind, problems: list[Probl
     return joined(patches)
 
 
-def _version_problems(root: MapNode) -> list[Problem]:
+def version_problems(root: MapNode) -> list[Problem]:
+    """What is wrong with the version that a file names."""
     entry = root.entries.get("version")
     if entry is None or (
         isinstance(entry.node, Scalar) and type(entry.node.value) is int and entry.node.value == 1
@@ -184,18 +200,18 @@ def _version_problems(root: MapNode) -> list[Problem]:
 def _misplaced(kind: Kind) -> dict[str, str]:
     """Keys that only the other kind of spec has, and where they belong."""
     other: Kind = "recipes" if kind == "architectures" else "architectures"
-    own = _key_paths(Shape.of(model_of(kind)))
+    own = key_paths(Shape.of(model_of(kind)))
     example = (
         f"{other}/*.yaml" if other == "architectures" else f"{other}/*.yaml, or recipe.{{}}=… when training"
     )
     return {
         key: f"belongs in {with_article(other)} ({example.format(path)}), as {path}"
-        for key, path in _key_paths(Shape.of(model_of(other))).items()
+        for key, path in key_paths(Shape.of(model_of(other))).items()
         if key not in own and key not in _SHARED_KEYS
     }
 
 
-def _key_paths(shape: Shape, path: str = "") -> dict[str, str]:
+def key_paths(shape: Shape, path: str = "") -> dict[str, str]:
     """Every key below a place, with the shortest dotted path that reaches it."""
     found: dict[str, str] = {}
     for model in shape.models:
@@ -203,7 +219,7 @@ def _key_paths(shape: Shape, path: str = "") -> dict[str, str]:
             child = Shape.of(field.annotation)
             whole = f"{path}{key}"
             below = f"{whole}.0." if child.is_list else f"{whole}."
-            for name, place in {key: whole, **_key_paths(child, below)}.items():
+            for name, place in {key: whole, **key_paths(child, below)}.items():
                 if name not in found or place.count(".") < found[name].count("."):
                     found[name] = place
     return found

@@ -69,10 +69,16 @@ class Member(NamedTuple):
         mixer = self.layer.mixer.active_params(d_model, self.position)
         return mixer + self.layer.feedforward.active_params(d_model)
 
+    def norm_params(self, d_model: int) -> int:
+        """Both norms, in all passes where each has its own."""
+        return 2 * (self.applications if self.has_own_norms else 1) * self.norm.num_params(d_model)
+
+    def lora_params(self, d_model: int) -> int:
+        """The low-rank changes of all passes."""
+        return self.applications * sum(self.lora_macs(d_model).values())
+
     def _norm_and_lora_params(self, d_model: int) -> int:
-        n_norms = 2 * (self.applications if self.has_own_norms else 1)
-        lora = self.applications * sum(self.lora_macs(d_model).values())
-        return n_norms * self.norm.num_params(d_model) + lora
+        return self.norm_params(d_model) + self.lora_params(d_model)
 
 
 class ModelSpec(Spec):

@@ -22,6 +22,21 @@ DOTTED_KEY = r"^[A-Za-z_]\w*(\.\w+)+$"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
+def plain_schema(model: type[Spec]) -> dict[str, Any]:
+    """The schema of files that hold a `model` as it is, without `extends` or dotted keys."""
+    schema = model.model_json_schema(mode="validation")
+    _describe(model, schema, schema.get("$defs", {}))
+    return {"$schema": DIALECT, **schema}
+
+
+def _describe(model: type[Spec], schema: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Add what the strings below the fields say."""
+    for found in models_below(Shape.of(model)):
+        definition = schema if found is model else definitions[found.__name__]
+        for field, text in field_docs(found).items():
+            definition["properties"][field]["description"] = text
+
+
 def json_schema(model: type[Spec], kind: Kind) -> dict[str, Any]:
     """The schema of files that hold a `model`."""
     schema = model.model_json_schema(mode="validation")
@@ -29,10 +44,7 @@ def json_schema(model: type[Spec], kind: Kind) -> dict[str, Any]:
     for definition in (schema, *definitions.values()):
         if "properties" in definition:
             definition["patternProperties"] = {DOTTED_KEY: {"description": "Reaches into maps and lists."}}
-    for found in models_below(Shape.of(model)):
-        definition = schema if found is model else definitions[found.__name__]
-        for field, text in field_docs(found).items():
-            definition["properties"][field]["description"] = text
+    _describe(model, schema, definitions)
     for name in _union_members([schema, definitions]):
         definitions[name]["required"] = list(dict.fromkeys(["kind", *definitions[name].get("required", [])]))
     required = schema.pop("required", [])

@@ -1,100 +1,130 @@
-"""How much memory a training step needs, estimated before anything is allocated."""
+"""How much memory a training step needs at its peak, worked out before anything is allocated.
+
+The peak lies in the backward pass, near its beginning: weights, optimiser state, everything that the forward pass kept,
+and what one layer's backward needs besides. `kept.py` says what that is, `workspace.py` what comes on top.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch.autograd.graph import saved_tensors_hooks
-
-from moeut_compose.blocks.cross_entropy import CHUNK
-from moeut_compose.build import build_model
+from moeut_compose.spec.stages import schedule
+from moeut_compose.train.kept import trace_kept
+from moeut_compose.train.workspace import backward_workspace, loss_workspace
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
-    from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.train.device import PrecisionName
 
-_MIXED_SHARE = 0.65
-"""Of the float32 activations, what remains when products save 16-bit inputs and norms keep float32 ones."""
-_MARGIN = 1.15
-"""Room for temporaries and fragmentation."""
 _USABLE = {"cuda": 0.9, "cpu": 0.5}
-"""Share of the free memory that a run may plan with."""
+"""Share of the free memory that a run may plan with; the rest is for fragments and for what is estimated too low."""
 _CPU_TOKENS = 4096
 """Larger micro-batches do not run faster on a CPU."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose; activations are those of one micro-batch."""
+    """Bytes by purpose; activations are those of one micro-batch, copies of weights and workspace included."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    peak: int
+    """The most that is held at once: gradients come while activations go."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """What the device must have room for."""
+        return self.peak
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self) | {"total": self.total}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for its backward pass, and what both need besides."""
+    """Bytes besides weights, gradients and optimiser state: `fixed` once, `per_sequence` for every sequence."""
 
     fixed: int
     per_sequence: int
+    per_sequence_checkpointed: int = 0
+    """The same with full activation checkpointing: every layer application keeps its input and runs again."""
+    gradients: tuple[int, ...] = ()
+    """Bytes of the gradients that exist after each backward pass through a layer application, in backward order."""
+
+    def checkpointed(self) -> Activations:
+        """These activations under full checkpointing."""
+        return replace(self, per_sequence=self.per_sequence_checkpointed or self.per_sequence)
 
     def of(self, micro_batch: int) -> int:
         return self.fixed + self.per_sequence * micro_batch
 
-
-def trace_activations(spec: ModelSpec, context: int, precision: PrecisionName) -> Activations:
-    """What a training step keeps, traced on the meta device, where nothing is allocated."""
-    model = build_model(spec, device="meta").train()
-    one, two = (_kept_bytes(model, spec, batch_size, context) for batch_size in (1, 2))
-    share = _MARGIN * (1.0 if precision == "fp32" else _MIXED_SHARE)
-    logits = 3 * 4 * CHUNK * spec.vocab_size
-    return Activations(fixed=max(0, 2 * one - two) + logits, per_sequence=round(share * (two - one)))
-
-
-def _kept_bytes(model: LanguageModel, spec: ModelSpec, batch_size: int, context: int) -> int:
-    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict(keep_vars=True).values()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept.setdefault(storage._cdata, tensor)
-        return tensor
-
-    ids = torch.zeros(batch_size, context, dtype=torch.long, device="meta")
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, targets=ids)
-    is_fused = all(member.position.kind != "relative" for member in spec.members())
-    held = [tensor for tensor in kept.values() if not (is_fused and _is_attention_map(tensor, context))]
-    return sum(tensor.untyped_storage().nbytes() for tensor in held)
+    def peak(self, micro_batch: int) -> int:
+        """The most that activations and gradients take together in one backward pass that finds no gradients."""
+        whole, depth = self.per_sequence * micro_batch, len(self.gradients)
+        moments = [
+            whole * (depth - done) // depth + present
+            for done, present in enumerate((0, *self.gradients[:-1]))
+        ]
+        return self.fixed + max(moments, default=whole)
 
 
-def _is_attention_map(tensor: Tensor, context: int) -> bool:
-    """Attention probabilities, which the meta device keeps and fused attention does not."""
-    return tensor.ndim == 4 and tensor.shape[-2:] == (context, context) and tensor.is_floating_point()
+def trace_activations(
+    spec: ModelSpec,
+    context: int,
+    precision: PrecisionName,
+    *,
+    device_type: str = "cpu",
+    compiled: bool = False,
+) -> Activations:
+    """What a training step keeps, traced on tensors without memory, and what the backward of one layer allocates."""
+    kept = trace_kept(spec, context, precision, device_type=device_type, compiled=compiled)
+    element = 4 if precision == "fp32" else 2
+    gradients, largest = _gradient_growth(spec)
+    workspace = context * backward_workspace(spec, context, element, device_type=device_type)
+    return Activations(
+        fixed=kept.fixed + max(largest, loss_workspace(spec, element, compiled=compiled)),
+        per_sequence=kept.per_sequence + workspace,
+        per_sequence_checkpointed=kept.per_sequence_checkpointed + workspace,
+        gradients=gradients,
+    )
+
+
+def _gradient_growth(spec: ModelSpec) -> tuple[tuple[int, ...], int]:
+    """Gradient bytes after each layer application of the backward pass, and those of the largest layer.
+
+    A shared layer's gradient comes into being at its last application; earlier ones add to it.
+    """
+    sizes = {(member.stage, member.index): 4 * member.num_params(spec.d_model) for member in spec.members()}
+    seen: set[tuple[int, int]] = set()
+    growth, present = [], 4 * spec.head_params()
+    for step in reversed(schedule(spec.stages)):
+        if (step.stage, step.member) not in seen:
+            seen.add((step.stage, step.member))
+            present += sizes[step.stage, step.member]
+        growth.append(present)
+    return tuple(growth), max(sizes.values())
 
 
 def estimate_memory(
-    n_params: int, activations: Activations, micro_batch: int, precision: PrecisionName
+    n_params: int, activations: Activations, micro_batch: int, *, accumulates: bool = False
 ) -> MemoryEstimate:
-    """Memory of a training step with float32 weights, gradients and two AdamW moments."""
-    copies = 0 if precision == "fp32" else 2 * n_params
+    """Memory of a training step with float32 weights, gradients and two AdamW moments.
+
+    `accumulates`: gradients of an earlier micro-batch are there during the whole pass.
+    """
+    weights, gradients, optimizer = 4 * n_params, 4 * n_params, 8 * n_params
+    during = activations.of(micro_batch) + gradients if accumulates else activations.peak(micro_batch)
     return MemoryEstimate(
-        weights=4 * n_params + copies,
-        gradients=4 * n_params,
-        optimizer=8 * n_params,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activations.of(micro_batch),
+        peak=weights + optimizer + max(during, gradients),
     )
 
 
@@ -109,13 +139,14 @@ def choose_micro_batch(
 ) -> int:
     """The largest part of a batch that fits into the memory of a device, a divisor of it where one is near.
 
-    On a CPU also no more than some thousand tokens, because more would only cost memory.
+    All gradients are counted in full, as they are when parts add up. On a CPU also no more than some thousand tokens,
+    because more would only cost memory.
     """
     limit = batch_size
     if device.type == "cpu":
         limit = min(limit, max(1, _CPU_TOKENS // context))
     if free is not None:
-        room = free * _USABLE.get(device.type, 0.9) - 18 * n_params - activations.fixed
+        room = free * _USABLE.get(device.type, 0.9) - 16 * n_params - activations.fixed
         limit = min(limit, max(1, int(room // activations.per_sequence)))
     divisor = max(size for size in range(1, limit + 1) if batch_size % size == 0)
     n_parts = -(-batch_size // limit)

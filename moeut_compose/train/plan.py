@@ -49,6 +49,8 @@ class TrainingPlan:
     steps: int
     tokens: int
     memory: MemoryEstimate
+    memory_checkpointed: MemoryEstimate
+    """The same micro-batch with full activation checkpointing."""
     free_memory: int | None
     """Bytes free on the device now; None where the system does not tell."""
     lr_curve: list[tuple[int, float]]
@@ -60,7 +62,8 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+        estimates = {"memory": self.memory, "memory_checkpointed": self.memory_checkpointed}
+        return asdict(self) | {name: memory.to_dict() for name, memory in estimates.items()}
 
 
 def plan_training(
@@ -75,7 +78,9 @@ def plan_training(
     context = context_of(spec, recipe)
     steps = recipe.num_steps(context)
     params = count_params(spec)
-    activations = trace_activations(spec, context, precision)
+    activations = trace_activations(
+        spec, context, precision, device_type=place.type, compiled=recipe.compile is True
+    )
     free = free_memory(place)
     process_batch = _process_batch(recipe.batch.size, n_processes)
     micro = process_batch
@@ -90,7 +95,10 @@ def plan_training(
             device=place,
             free=free,
         )
-    memory = estimate_memory(params.total, activations, micro, precision)
+    memory, checkpointed = (
+        estimate_memory(params.total, parts, micro, accumulates=micro < recipe.batch.size)
+        for parts in (activations, activations.checkpointed())
+    )
     tokens_per_step = recipe.batch.size * context
     macs = count_macs(spec, context).total_per_token
     seconds = None
@@ -115,6 +123,7 @@ def plan_training(
         steps=steps,
         tokens=steps * tokens_per_step,
         memory=memory,
+        memory_checkpointed=checkpointed,
         free_memory=free,
         lr_curve=lr_curve(recipe, steps),
         seconds=seconds,

@@ -57,6 +57,43 @@ def test_macs_csv(cli) -> None:
     assert values["attn_select"] == "0"
 
 
+def test_macs_markdown(cli) -> None:
+    lines = cli("macs", "moeut_tiny", "dense_tiny", "--markdown").stdout.splitlines()
+    assert lines[0] == "| MACs per token (exact) | moeut_tiny, T=256 | dense_tiny, T=256 |"
+    assert lines[1] == "| --- | ---: | ---: |"
+    assert "| lm_head | 262,144 | 262,144 |" in lines
+
+
+def test_macs_of_phases(cli, cli_json) -> None:
+    (count,) = cli_json("macs", "moeut_tiny", "--phases", "--seq-len", "64")
+    assert list(count) == [*MACS, "phases", "kv_cache"]
+    assert count["phases"]["prefill"] == 64 * count["total_per_token"]
+    assert count["phases"]["training_per_token"] == 3 * count["total_per_token"]
+    assert count["kv_cache"]["bytes_per_token"] == {"fp32": 6144, "bf16": 3072, "fp16": 3072}
+    lines = cli("macs", "moeut_tiny", "--phases", "--seq-len", "64", "--csv").stdout.splitlines()
+    row = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    assert int(row["decode"]) == count["phases"]["decode"]
+    assert int(row["kv_cache_bytes_bf16"]) == 3072
+    assert "decode, T tokens in the cache" in cli("macs", "moeut_tiny", "--phases").stdout
+
+
+def test_macs_without_what_the_mask_hides(cli_json) -> None:
+    (full,) = cli_json("macs", "moeut_tiny", "--seq-len", "63")
+    (causal,) = cli_json("macs", "moeut_tiny", "--seq-len", "63", "--causal")
+    assert list(causal) == [*MACS, "causal"]
+    scores = "attn_scores_values"
+    assert causal["by_component"][scores] * 63 == full["by_component"][scores] * 32
+    assert causal["by_component"]["ffn"] == full["by_component"]["ffn"]
+
+
+def test_params_per_member(cli, cli_json) -> None:
+    (count,) = cli_json("params", "moeut_tiny", "--per-member")
+    assert list(count) == [*PARAMS, "members"]
+    assert sum(member["total"] for member in count["members"]) == count["layers"]
+    assert {member["applications"] for member in count["members"]} == {3}
+    assert "stages.0.layers.1" in cli("params", "moeut_tiny", "--per-member").stdout
+
+
 def test_macs_side_by_side_with_ratios(cli) -> None:
     lines = cli("macs", "dense_244m", "moeut_244m").stdout.splitlines()
     ratios = next(line for line in lines if line.startswith("total, to the first"))
@@ -143,7 +180,10 @@ def test_an_undefined_count_is_a_failure(cli) -> None:
         ["macs", "moeut_tiny", "--seq-len", "many"],
         ["macs", "moeut_tiny", "--convention", "guess"],
         ["macs", "moeut_tiny", "--json", "--csv"],
+        ["macs", "moeut_tiny", "--csv", "--markdown"],
         ["macs", "moeut_tiny", "--per-module", "--csv"],
+        ["macs", "moeut_tiny", "--causal", "--convention", "paper"],
+        ["macs", "moeut_tiny", "--phases", "--per-module"],
         ["ls", "nonsense"],
         ["show", "nowhere"],
         ["show", "moeut_tiny", "--diff", "default"],
@@ -177,8 +217,11 @@ LIGHT = [
     ["validate", "moeut_244m", "quickstart"],
     ["schema"],
     ["schema", "recipe"],
+    ["schema", "sweep"],
+    ["sweep", "--help"],
     ["params", "moeut_244m", "--json"],
     ["macs", "moeut_244m"],
+    ["macs", "moeut_244m", "--phases", "--markdown"],
     ["new", "mine"],
     ["train", "--help"],
 ]

@@ -8,7 +8,7 @@ import pytest
 
 from moeut_compose.measure.compare import row_of_run, row_of_spec
 from moeut_compose.measure.macs import count_macs
-from moeut_compose.measure.plots import plot_comparison
+from moeut_compose.measure.plots import draw_comparison, plot_comparison
 from moeut_compose.spec.io import load_spec
 
 TRAIN = {"event": "train", "cross_entropy": 4.0, "tokens_per_second": 100.0, "memory_bytes": 2**31}
@@ -73,6 +73,19 @@ def test_the_picture_names_every_model_and_unit(tmp_path: Path, ending: str) -> 
 
 def _with_comments() -> ElementTree.XMLParser:
     return ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+
+
+def test_nothing_is_clipped_and_models_of_one_name_stay_apart(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "run_with_a_rather_long_name-lr_0.003-d_model_1024")
+    run = row_of_run(next(tmp_path.iterdir()), load_spec("moeut_tiny"), 64)
+    rows = [row_of_spec(load_spec(name)) for name in ("dense_244m", "moeut_1b", "moeut_1b")] * 4 + [run]
+    figure = draw_comparison(rows)
+    figure.canvas.draw()
+    (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    bars, *_ = figure.subfigs[0].axes
+    assert len(bars.patches) == len(bars.get_yticklabels()) == 13
+    assert len({round(patch.get_y(), 3) for patch in bars.patches}) == 13
 
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:

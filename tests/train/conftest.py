@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 def quick_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing memory and timing the CPU take longer than these runs; `test_plan.py` tests them."""
     monkeypatch.setattr(plan, "measure_cpu_flops", lambda: 1e11)
-    monkeypatch.setattr(plan, "trace_activations", lambda *_: Activations(fixed=0, per_sequence=2**20))
+    monkeypatch.setattr(plan, "trace_activations", lambda *_, **__: Activations(fixed=0, per_sequence=2**20))
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def test_the_numbers_of_a_paper_run_without_its_data(tmp_path: Path, monkeypatch
     assert (4000, 2.5e-4) in plan.lr_curve
     assert plan.lr_curve[-1] == (99_999, pytest.approx(2.5888e-5, rel=1e-4))
     assert json.loads(json.dumps(plan.to_dict()))["memory"]["total"] == plan.memory.total
+    assert plan.memory_checkpointed.activations < plan.memory.activations
     assert not (tmp_path / "cache").exists()
 
 
@@ -61,7 +62,7 @@ def test_an_explicit_micro_batch_is_kept(spec: ModelSpec, recipe: RecipeSpec) ->
 
 @pytest.mark.parametrize(
     ("batch_size", "free_gib", "expected"),
-    [(64, 1000, 64), (64, 41, 32), (64, 40, 16), (64, 6, 1), (61, 40, 31)],
+    [(64, 1000, 64), (64, 41, 32), (64, 39, 16), (64, 5, 1), (61, 39, 31)],
 )
 def test_the_micro_batch_is_the_largest_part_that_fits(batch_size: int, free_gib: int, expected: int) -> None:
     micro = choose_micro_batch(
@@ -73,37 +74,6 @@ def test_the_micro_batch_is_the_largest_part_that_fits(batch_size: int, free_gib
         free=free_gib * 2**30,
     )
     assert micro == expected
-
-
-def test_activations_grow_with_depth_and_shrink_in_16_bits() -> None:
-    spec = load_spec("moeut_tiny")
-    deeper = load_spec("moeut_tiny", ["stages.0.repeats=6"])
-    once, twice = (trace_activations(s, 256, "fp32").per_sequence for s in (spec, deeper))
-    assert 1.8 < twice / once < 2.2
-    assert trace_activations(spec, 256, "bf16").per_sequence < once
-
-
-def test_the_trace_agrees_with_what_a_cpu_step_keeps() -> None:
-    """Against an independent measure: the tensors that a real forward pass saves."""
-    from moeut_compose.build import build_model
-
-    spec = load_spec("dense_tiny")
-    model = build_model(spec).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    saved = []
-    for batch_size in (1, 2):
-        kept.clear()
-        ids = torch.zeros(batch_size, 256, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(ids, targets=ids)
-        saved.append(sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own))
-    assert trace_activations(spec, 256, "fp32").per_sequence == pytest.approx(saved[1] - saved[0], rel=0.35)
 
 
 def test_precision() -> None:
