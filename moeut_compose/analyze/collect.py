@@ -44,6 +44,11 @@ class RouterFigures:
     diversity: Diversity
     pairs: CoOccurrence
 
+    @property
+    def has_teams(self) -> bool:
+        """Whether tokens use several experts of one set."""
+        return self.n_heads == 1 and self.n_experts > 2 and bool(self.usage.share.sum(-1).max() > 1.5)
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -92,18 +97,22 @@ def observe_model(
     device = next(model.parameters()).device
     sums = _Sums(spec, device)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), observing(model) as seen:
-            with reporter.task("observing", total=count) as task:
-                for start in range(0, count, batch_size):
-                    numbers = range(start, min(start + batch_size, count))
-                    batch = torch.from_numpy(text.windows(numbers, context)).to(device)
-                    logits = model(batch[:, :-1]).logits
-                    losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-                    first = torch.tensor(numbers, device=device)[:, None] * context
-                    positions = first + torch.arange(context, device=device)
-                    sums.add(seen, batch[:, :-1], positions, losses)
-                    seen.clear()
-                    task.advance(len(numbers))
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            observing(model) as seen,
+            reporter.task("observing", total=count) as task,
+        ):
+            for start in range(0, count, batch_size):
+                numbers = range(start, min(start + batch_size, count))
+                batch = torch.from_numpy(text.windows(numbers, context)).to(device)
+                logits = model(batch[:, :-1]).logits
+                losses = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+                first = torch.tensor(numbers, device=device)[:, None] * context
+                positions = first + torch.arange(context, device=device)
+                sums.add(seen, batch[:, :-1], positions, losses)
+                seen.clear()
+                task.advance(len(numbers))
         curves = loss_by_repeats(
             model, spec, text, context=context, windows=count, batch_size=batch_size, reporter=reporter
         )

@@ -1,4 +1,4 @@
-"""What layers and routers do in a forward pass, seen through hooks: the model computes what it computes without them."""
+"""What layers and routers do in a forward pass, seen through hooks that change nothing of what is computed."""
 
 from __future__ import annotations
 

@@ -35,10 +35,11 @@ class CoOccurrence:
 
     @property
     def lift(self) -> np.ndarray:
-        """`[H, E, E]` counts over expected; NaN on the diagonal and for experts never used."""
-        lift = np.divide(
-            self.counts, self.expected, out=np.full_like(self.expected, np.nan), where=self.expected > 0
-        )
+        """`[H, E, E]` counts over expected, one added to both so that rare pairs stay near 1.
+
+        NaN on the diagonal and for experts that were never used.
+        """
+        lift = np.where(self.expected > 0, (self.counts + 1) / (self.expected + 1), np.nan)
         diagonal = np.arange(lift.shape[-1])
         lift[:, diagonal, diagonal] = np.nan
         return lift
@@ -63,9 +64,7 @@ class CoOccurrence:
 
     def order(self) -> np.ndarray:
         """Experts of the first head, so that those chosen together are neighbours: along the Fiedler vector."""
-        counts, expected = self.counts[0], self.expected[0]
-        affinity = np.divide(counts, expected, out=np.zeros_like(expected), where=expected > 0)
-        np.fill_diagonal(affinity, 0)
+        affinity = np.nan_to_num(self.lift[0])
         degree = np.sqrt(np.maximum(affinity.sum(0), 1e-12))
         _, vectors = np.linalg.eigh(affinity / degree[:, None] / degree[None, :])
         return np.argsort(vectors[:, -2] / degree, kind="stable")

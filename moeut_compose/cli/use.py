@@ -22,7 +22,7 @@ from moeut_compose.cli.zero_shot import (
 from moeut_compose.evaluate.tasks import TASKS
 
 if TYPE_CHECKING:
-    from moeut_compose.train.run import Run
+    pass
 
 PERPLEXITY = "perplexity"
 TASK_NAMES = (PERPLEXITY, *TASKS)

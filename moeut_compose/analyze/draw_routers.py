@@ -1,0 +1,259 @@
+"""Figures of routers: loads, depths at which experts work, sharpness, overlap, tokens, co-occurrence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
+
+from moeut_compose.analyze.draw import (
+    COLOURS,
+    DIVERGING,
+    INK,
+    application_axis,
+    colour,
+    heat_map,
+    log_axis,
+    new_figure,
+    some,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from moeut_compose.analyze.collect import Figures, RouterFigures
+    from moeut_compose.analyze.names import Names
+
+LINES = ("o-", "s-", "^-", "D-")
+
+
+def roles(seen: Figures) -> dict[str, list[RouterFigures]]:
+    """The routers by their place in a layer."""
+    found: dict[str, list[RouterFigures]] = {}
+    for router in seen.routers:
+        found.setdefault(router.name.role, []).append(router)
+    return found
+
+
+def by_application(seen: Figures, role: str, values: str) -> dict[int, Any]:
+    """One figure of `Usage` for each application that has the router, by its place in running order."""
+    of = {(router.name.stage, router.name.member): router for router in roles(seen)[role]}
+    return {
+        place: getattr(of[step.stage, step.member].usage, values)[step.repeat]
+        for place, step in enumerate(seen.steps)
+        if (step.stage, step.member) in of
+    }
+
+
+def draw_load(seen: Figures, names: Names) -> Figure | None:
+    """Uses of the experts of every application, from the most used to the least."""
+    groups = roles(seen)
+    if not groups:
+        return None
+    labels = [names.application(step) for step in seen.steps]
+    heights = [0.9 + 0.19 * len(by_application(seen, role, "load")) for role in groups]
+    figure = new_figure(sum(heights) + 0.3)
+    panels = np.atleast_1d(figure.subplots(len(groups), 1, height_ratios=heights))
+    for role, axes in zip(groups, panels, strict=True):
+        loads = by_application(seen, role, "load")
+        widest = max(load.size for load in loads.values())
+        cells = np.full((len(loads), widest), np.nan)
+        for row, load in enumerate(loads.values()):
+            if load.any():  # no token may have come that deep
+                cells[row, : load.size] = -np.sort(-load, axis=None)
+        mesh = heat_map(
+            axes,
+            cells.clip(1 / 16, 16),
+            norm=LogNorm(1 / 16, 16),
+            colours=DIVERGING,
+            rows=[labels[place] for place in loads],
+        )
+        axes.set(title=names.role(role), ylabel="application")
+    panels[-1].set_xlabel("experts, the most used first")
+    bar = figure.colorbar(mesh, ax=list(panels), label="uses relative to an even share", shrink=0.9)
+    bar.ax.minorticks_off()
+    bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["≤1/16", "1/4", "even", "4", "≥16"])
+    return figure
+
+
+def draw_expert_depth(seen: Figures, names: Names) -> Figure | None:
+    """In which pass each expert of a shared layer is used."""
+    groups = {
+        role: [router for router in routers if router.n_repeats > 1] for role, routers in roles(seen).items()
+    }
+    groups = {role: some(routers) for role, routers in groups.items() if routers}
+    if not groups:
+        return None
+    n_columns = max(map(len, groups.values()))
+    tallest = max(router.n_repeats for routers in groups.values() for router in routers)
+    figure = new_figure(len(groups) * (1.1 + 0.2 * tallest) + 0.2)
+    grid = figure.subplots(len(groups), n_columns, squeeze=False)
+    for (role, routers), row in zip(groups.items(), grid, strict=True):
+        for axes in row[len(routers) :]:
+            axes.set_visible(False)
+        for router, axes in zip(routers, row, strict=False):
+            cells = passes_of_experts(router)
+            norm = Normalize(0, 1)
+            mesh = heat_map(axes, cells, norm=norm, rows=[str(n + 1) for n in range(router.n_repeats)])
+            member = names.member(router.name.stage, router.name.member)
+            axes.set_title(f"{member}: {names.role(role)}")
+        row[0].set_ylabel("pass")
+    for axes in grid[-1]:
+        axes.set_xlabel("experts, by their mean pass")
+    bar = figure.colorbar(mesh, ax=list(grid.flat), label="share of an expert's uses")
+    bar.outline.set_edgecolor(INK)
+    return figure
+
+
+def passes_of_experts(router: RouterFigures) -> np.ndarray:
+    """`[R, U]` where each used expert is used, columns adding up to one, by mean pass."""
+    uses = router.usage.share * router.usage.tokens[:, None, None]
+    uses = uses.reshape(router.n_repeats, -1)
+    uses = uses[:, uses.sum(0) > 0]
+    share = uses / uses.sum(0)
+    return share[:, np.argsort((share * np.arange(len(share))[:, None]).sum(0), kind="stable")]
+
+
+def draw_sharpness(seen: Figures, names: Names) -> Figure | None:
+    """How undecided routers are for a token, and how evenly they use experts over all tokens."""
+    groups = roles(seen)
+    if not groups:
+        return None
+    figure = new_figure(5.6)
+    entropy, ratio = figure.subplots(2, 1)
+    labels = [names.application(step) for step in seen.steps]
+    for index, (role, routers) in enumerate(groups.items()):
+        shade, style = colour(index, len(groups)), LINES[index % len(LINES)]
+        highest = np.log(routers[0].n_experts)
+        for values, line, label in (
+            ("usage_entropy", style.replace("-", ":"), f"{names.role(role)}: all tokens"),
+            ("entropy", style, f"{names.role(role)}: one token"),
+        ):
+            points = by_application(seen, role, values)
+            relative = np.array(list(points.values())) / highest
+            entropy.plot(list(points), relative, line, color=shade, label=label)
+        points = by_application(seen, role, "top1_over_median")
+        ratio.plot(list(points), list(points.values()), style, color=shade, label=names.role(role))
+    entropy.set(ylabel="entropy / ln(experts)")
+    entropy.set_ylim(0, 1.05)
+    ratio.set(ylabel="largest / median probability", xlabel="application, in running order", yscale="log")
+    log_axis(ratio.yaxis)
+    entropy.legend(ncols=len(groups), loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
+    for axes in (entropy, ratio):
+        application_axis(axes, labels)
+        axes.grid(axis="y")
+    return figure
+
+
+def draw_overlap(seen: Figures, names: Names) -> Figure | None:
+    """Similarity of the expert sets of a token in different passes."""
+    groups = {role: some([r for r in routers if r.n_repeats > 1]) for role, routers in roles(seen).items()}
+    groups = {role: routers for role, routers in groups.items() if routers}
+    if not groups:
+        return None
+    n_columns = max(map(len, groups.values()))
+    figure = new_figure(2.6 * len(groups), width=1.2 + 2.3 * n_columns if n_columns > 1 else 3.9)
+    grid = figure.subplots(len(groups), n_columns, squeeze=False)
+    for (role, routers), row in zip(groups.items(), grid, strict=True):
+        for axes in row[len(routers) :]:
+            axes.set_visible(False)
+        for router, axes in zip(routers, row, strict=False):
+            passes = [str(number + 1) for number in range(router.n_repeats)]
+            between = router.overlap.between
+            norm = Normalize(0, 1)
+            mesh = heat_map(
+                axes, between, norm=norm, rows=passes, columns=passes, numbers=router.n_repeats <= 9
+            )
+            member = names.member(router.name.stage, router.name.member)
+            chance = np.nanmean(router.overlap.unrelated)
+            axes.set_aspect("equal")
+            axes.set_title(f"{member}: {names.role(role)}\nunrelated tokens: {chance:.2f}", fontsize=8.5)
+        row[0].set_ylabel("pass")
+    bar = figure.colorbar(mesh, ax=list(grid.flat), label="intersection / union", shrink=0.9)
+    bar.outline.set_edgecolor(INK)
+    return figure
+
+
+def draw_token_or_context(seen: Figures, names: Names) -> Figure | None:
+    """Whether the token alone decides the experts: overlap at its occurrences, and of unrelated tokens."""
+    groups = roles(seen)
+    if not groups:
+        return None
+    figure = new_figure(3.9)
+    axes = figure.add_subplot()
+    for index, role in enumerate(groups):
+        of = {(router.name.stage, router.name.member): router.overlap for router in groups[role]}
+        places = [place for place, step in enumerate(seen.steps) if (step.stage, step.member) in of]
+        steps = [seen.steps[place] for place in places]
+        same = [of[step.stage, step.member].same_token[step.repeat] for step in steps]
+        other = [of[step.stage, step.member].unrelated[step.repeat, step.repeat] for step in steps]
+        shade, style = colour(index, len(groups)), LINES[index % len(LINES)]
+        axes.plot(places, same, style, color=shade, label=f"{names.role(role)}: same token")
+        axes.plot(
+            places, other, style.replace("-", ":"), color=shade, label=f"{names.role(role)}: unrelated tokens"
+        )
+    axes.set(xlabel="application, in running order", ylabel="intersection / union")
+    axes.set_ylim(0, 1.03)
+    application_axis(axes, [names.application(step) for step in seen.steps])
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=len(groups), fontsize=8)
+    return figure
+
+
+def draw_diversity(seen: Figures, names: Names) -> Figure | None:
+    """How many different tokens each expert works for, against how often it is used."""
+    groups = roles(seen)
+    if not groups:
+        return None
+    figure = new_figure(3.8)
+    panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
+    for (role, routers), axes in zip(groups.items(), panels, strict=True):
+        for index, router in enumerate(routers):
+            used = [expert for expert in router.diversity.experts if expert.uses]
+            even = sum(expert.uses for expert in used) / (router.n_heads * router.n_experts)
+            axes.scatter(
+                [expert.uses / even for expert in used],
+                [expert.effective for expert in used],
+                s=12,
+                alpha=0.7,
+                color=colour(index, len(routers)),
+                linewidths=0,
+                label=names.member(router.name.stage, router.name.member),
+            )
+        whole = np.mean([router.diversity.effective for router in routers])
+        axes.axhline(whole, color=INK, ls="--", lw=1)
+        axes.set(xscale="log", yscale="log", title=names.role(role), xlabel="uses relative to an even share")
+        log_axis(axes.xaxis)
+        log_axis(axes.yaxis)
+        axes.grid(alpha=0.12)
+        if 1 < len(routers) <= len(COLOURS):
+            axes.legend(title="member", loc="lower right", markerscale=1.6)
+    panels[0].set_ylabel("effective number of different tokens")
+    return figure
+
+
+def draw_co_occurrence(seen: Figures, names: Names) -> Figure | None:
+    """Which experts are chosen together, for routers that choose several of one set."""
+    routers = [router for router in seen.routers if router.has_teams]
+    if not routers:
+        return None
+    groups = some(routers)
+    n_columns = min(2, len(groups))
+    n_rows = -(-len(groups) // n_columns)
+    figure = new_figure(4.2 * n_rows)
+    grid = np.atleast_1d(figure.subplots(n_rows, n_columns, squeeze=False)).flatten()
+    for axes in grid[len(groups) :]:
+        axes.set_visible(False)
+    for router, axes in zip(groups, grid, strict=False):
+        order = router.pairs.order()
+        lift = router.pairs.lift[0][np.ix_(order, order)]
+        mesh = heat_map(axes, lift.clip(1 / 8, 8), norm=LogNorm(1 / 8, 8), colours=DIVERGING)
+        member = names.member(router.name.stage, router.name.member)
+        axes.set_title(f"{member}: {names.role(router.name.role)}")
+        axes.set(xlabel="experts, neighbours alike")
+        axes.set_aspect("equal")
+    bar = figure.colorbar(mesh, ax=list(grid), label="together, relative to independent choices", shrink=0.8)
+    bar.ax.minorticks_off()
+    bar.set_ticks([1 / 8, 1 / 2, 1, 2, 8], labels=["≤1/8", "1/2", "as expected", "2", "≥8"])
+    return figure
