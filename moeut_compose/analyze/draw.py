@@ -17,9 +17,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 """After Okabe and Ito."""
 SEQUENTIAL = "cividis"
 DIVERGING = "PuOr_r"
-WIDTH = 9.0
+WIDTH = 7.6
 """Inches of a figure over the whole page."""
-MAX_VECTOR_CELLS = 500
+MAX_VECTOR_CELLS = 200
 """Heat maps of more cells are drawn as pixels, also in vector formats."""
 MAX_MEMBERS = 4
 """Members side by side in one figure."""

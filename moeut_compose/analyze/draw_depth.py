@@ -60,7 +60,7 @@ def draw_residual(seen: Figures, names: Names) -> Figure | None:
         (seen.residual.feedforward, "feedforward", "^:", COLOURS[2]),
     ):
         update.plot(places, values, style, color=shade, label=label)
-    update.set(ylabel="size relative to the stream before", xlabel="application, in running order")
+    update.set(ylabel="size relative to the stream", xlabel="application, in running order")
     if _spread(seen.residual.update, seen.residual.mixer, seen.residual.feedforward) > 30:
         update.set_yscale("log")
     else:
@@ -77,7 +77,7 @@ def draw_similarity(seen: Figures, names: Names) -> Figure | None:
     labels = [names.application(step) for step in seen.steps]
     if len(labels) < 2:
         return None
-    figure = new_figure(4.2)
+    figure = new_figure(3.4)
     states, updates = figure.subplots(1, 2)
     lowest = np.floor(10 * np.nanmin(seen.similarity.states)) / 10
     for axes, values, colours, norm, title in (
@@ -97,7 +97,7 @@ def draw_similarity(seen: Figures, names: Names) -> Figure | None:
             colours=colours,
             rows=labels,
             columns=labels,
-            numbers=len(labels) <= 8,
+            numbers=len(labels) <= 6,
         )
         axes.set_aspect("equal")
         axes.set_title(title)

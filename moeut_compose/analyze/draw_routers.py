@@ -11,6 +11,7 @@ from moeut_compose.analyze.draw import (
     COLOURS,
     DIVERGING,
     INK,
+    WIDTH,
     application_axis,
     colour,
     heat_map,
@@ -94,14 +95,14 @@ def draw_expert_depth(seen: Figures, names: Names) -> Figure | None:
             axes.set_visible(False)
         for router, axes in zip(routers, row, strict=False):
             cells = passes_of_experts(router)
-            norm = Normalize(0, 1)
+            norm = Normalize(0, 2 / tallest)
             mesh = heat_map(axes, cells, norm=norm, rows=[str(n + 1) for n in range(router.n_repeats)])
             member = names.member(router.name.stage, router.name.member)
             axes.set_title(f"{member}: {names.role(role)}")
         row[0].set_ylabel("pass")
     for axes in grid[-1]:
         axes.set_xlabel("experts, by their mean pass")
-    bar = figure.colorbar(mesh, ax=list(grid.flat), label="share of an expert's uses")
+    bar = figure.colorbar(mesh, ax=list(grid.flat), label="share of an expert's uses", extend="max")
     bar.outline.set_edgecolor(INK)
     return figure
 
@@ -139,7 +140,7 @@ def draw_sharpness(seen: Figures, names: Names) -> Figure | None:
     entropy.set_ylim(0, 1.05)
     ratio.set(ylabel="largest / median probability", xlabel="application, in running order", yscale="log")
     log_axis(ratio.yaxis)
-    entropy.legend(ncols=len(groups), loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
+    entropy.legend(ncols=min(2, len(groups)), loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8.5)
     for axes in (entropy, ratio):
         application_axis(axes, labels)
         axes.grid(axis="y")
@@ -153,7 +154,7 @@ def draw_overlap(seen: Figures, names: Names) -> Figure | None:
     if not groups:
         return None
     n_columns = max(map(len, groups.values()))
-    figure = new_figure(2.6 * len(groups), width=1.2 + 2.3 * n_columns if n_columns > 1 else 3.9)
+    figure = new_figure(2.6 * len(groups), width=min(WIDTH, 1.0 + 2.9 * n_columns))
     grid = figure.subplots(len(groups), n_columns, squeeze=False)
     for (role, routers), row in zip(groups.items(), grid, strict=True):
         for axes in row[len(routers) :]:
@@ -197,7 +198,7 @@ def draw_token_or_context(seen: Figures, names: Names) -> Figure | None:
     axes.set_ylim(0, 1.03)
     application_axis(axes, [names.application(step) for step in seen.steps])
     axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=len(groups), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(2, len(groups)), fontsize=8.5)
     return figure
 
 
@@ -241,7 +242,7 @@ def draw_co_occurrence(seen: Figures, names: Names) -> Figure | None:
     groups = some(routers)
     n_columns = min(2, len(groups))
     n_rows = -(-len(groups) // n_columns)
-    figure = new_figure(4.2 * n_rows)
+    figure = new_figure(3.4 * n_rows)
     grid = np.atleast_1d(figure.subplots(n_rows, n_columns, squeeze=False)).flatten()
     for axes in grid[len(groups) :]:
         axes.set_visible(False)
@@ -255,5 +256,5 @@ def draw_co_occurrence(seen: Figures, names: Names) -> Figure | None:
         axes.set_aspect("equal")
     bar = figure.colorbar(mesh, ax=list(grid), label="together, relative to independent choices", shrink=0.8)
     bar.ax.minorticks_off()
-    bar.set_ticks([1 / 8, 1 / 2, 1, 2, 8], labels=["≤1/8", "1/2", "as expected", "2", "≥8"])
+    bar.set_ticks([1 / 8, 1 / 2, 1, 2, 8], labels=["≤1/8", "1/2", "1", "2", "≥8"])
     return figure

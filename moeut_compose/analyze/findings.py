@@ -1,4 +1,4 @@
-"""One sentence of figures for each plot: what was found in this run, without judging it."""
+"""What was found in this run, in words: for each plot some sentences of figures, without judging them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeut_compose.analyze.draw import MAX_MEMBERS
 from moeut_compose.analyze.draw_routers import roles
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from moeut_compose.analyze.names import Names
 
 
-def loss_by_repeats(seen: Figures, names: Names) -> str:
+def loss_by_repeats(seen: Figures, names: Names) -> list[str]:
     sentences = []
     for curve in seen.curves:
         at = {point.repeats: point.cross_entropy for point in curve.points}
@@ -30,21 +31,21 @@ def loss_by_repeats(seen: Figures, names: Names) -> str:
         elif curve.limit is not None:
             sentence += "; the stage has weights for no more"
         sentences.append(sentence + ".")
-    return " ".join(sentences)
+    return sentences
 
 
-def residual(seen: Figures, names: Names) -> str:
+def residual(seen: Figures, names: Names) -> list[str]:
     update = seen.residual.update
     most, least = int(np.argmax(update)), int(np.argmin(update))
     first, last = seen.residual.rms_after[0], seen.residual.rms_after[-1]
-    return (
+    return [
         f"{names.application(seen.steps[most])} moves the stream most, by {100 * update[most]:.0f} % of its size, "
-        f"{names.application(seen.steps[least])} least ({100 * update[least]:.1f} %). "
-        f"The stream goes from {first:.3g} after the first application to {last:.3g} after the last."
-    )
+        f"{names.application(seen.steps[least])} least ({100 * update[least]:.1f} %).",
+        f"The stream goes from {first:.3g} after the first application to {last:.3g} after the last.",
+    ]
 
 
-def similarity(seen: Figures, names: Names) -> str:
+def similarity(seen: Figures, names: Names) -> list[str]:
     found = []
     places = {step: place for place, step in enumerate(seen.steps)}
     for step, place in places.items():
@@ -52,15 +53,17 @@ def similarity(seen: Figures, names: Names) -> str:
         if later is not None and np.isfinite(seen.similarity.updates[place, later]):
             found.append(seen.similarity.updates[place, later])
     if not found:
-        return f"Neighbouring applications: {_mean_neighbours(seen):.2f} between updates on average."
-    return f"Updates of successive passes of one layer have a cosine of {np.mean(found):.2f} on average."
+        return [
+            f"Updates of neighbouring applications have a cosine of {_mean_neighbours(seen):.2f} on average."
+        ]
+    return [f"Updates of successive passes of one layer have a cosine of {np.mean(found):.2f} on average."]
 
 
 def _mean_neighbours(seen: Figures) -> float:
     return float(np.nanmean(np.diagonal(seen.similarity.updates, 1)))
 
 
-def load(seen: Figures, names: Names) -> str:
+def load(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         ran = [
@@ -75,10 +78,10 @@ def load(seen: Figures, names: Names) -> str:
             f"{names.role(role)}: the most used takes {max(ran):.1f} times an even share, "
             f"{unused:,} of {total:,} were never used"
         )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def expert_depth(seen: Figures, names: Names) -> str:
+def expert_depth(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         shared = [router for router in routers if router.n_repeats > 1]
@@ -96,10 +99,10 @@ def expert_depth(seen: Figures, names: Names) -> str:
             parts.append(
                 f"{names.role(role)}: {100 * (top > 0.5).mean():.0f} % have more than half of their uses in one pass"
             )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def sharpness(seen: Figures, names: Names) -> str:
+def sharpness(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         ratio = [
@@ -111,10 +114,10 @@ def sharpness(seen: Figures, names: Names) -> str:
         parts.append(
             f"{names.role(role)}: the largest probability is {min(ratio):.1f} to {max(ratio):.1f} times the median"
         )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def overlap(seen: Figures, names: Names) -> str:
+def overlap(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         shared = [router for router in routers if router.n_repeats > 1]
@@ -129,10 +132,10 @@ def overlap(seen: Figures, names: Names) -> str:
                 f"{100 * np.nanmean(fresh):.1f} % of choices entirely new, "
                 f"{paths:.2f} times as many experts over all passes as in one"
             )
-    return _sentence(parts) if parts else "No token ran in two passes."
+    return _sentences(parts) or ["No token ran in two passes."]
 
 
-def token_or_context(seen: Figures, names: Names) -> str:
+def token_or_context(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role in roles(seen):
         same = np.concatenate([router.overlap.same_token for router in roles(seen)[role]])
@@ -140,10 +143,10 @@ def token_or_context(seen: Figures, names: Names) -> str:
         parts.append(
             f"{names.role(role)}: {np.nanmean(same):.2f} for the same token, {np.nanmean(other):.2f} for unrelated ones"
         )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def diversity(seen: Figures, names: Names) -> str:
+def diversity(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         effective = [
@@ -153,10 +156,10 @@ def diversity(seen: Figures, names: Names) -> str:
         parts.append(
             f"{names.role(role)}: median {np.median(effective):.0f} effective tokens, the text has {whole:.0f}"
         )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def co_occurrence(seen: Figures, names: Names) -> str:
+def co_occurrence(seen: Figures, names: Names) -> list[str]:
     parts = []
     for router in seen.routers:
         closest = router.pairs.closest(1) if router.n_heads == 1 else []
@@ -164,13 +167,13 @@ def co_occurrence(seen: Figures, names: Names) -> str:
             pair = closest[0]
             member = names.member(router.name.stage, router.name.member)
             parts.append(
-                f"{member}, {names.role(router.name.role)}: {pair.experts[0]} and {pair.experts[1]}, "
-                f"{pair.count:,} times ({pair.lift:.1f} times as often as expected)"
+                f"{member}, {names.role(router.name.role)}: furthest above expectation are "
+                f"{pair.experts[0]} and {pair.experts[1]}, {pair.count:,} times ({pair.lift:.1f} times as often as expected)"
             )
-    return "The pair furthest above expectation. " + _sentence(parts[:4]) if parts else ""
+    return _sentences(parts[:MAX_MEMBERS])
 
 
-def halting(seen: Figures, names: Names) -> str:
+def halting(seen: Figures, names: Names) -> list[str]:
     parts = []
     for stage, depths in seen.depths.items():
         of_stage = f"stage {stage}: " if len(seen.depths) > 1 else ""
@@ -181,15 +184,14 @@ def halting(seen: Figures, names: Names) -> str:
             f"{100 * last:.0f} % of tokens are computed to the end, "
             f"in the windows below depths differ by up to {spread:.2f} passes"
         )
-    return _sentence(parts)
+    return _sentences(parts)
 
 
-def _sentence(parts: list[str]) -> str:
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+def _sentences(parts: list[str]) -> list[str]:
+    return [f"{part[:1].upper()}{part[1:]}." for part in parts]
 
 
-FINDINGS: dict[str, Callable[[Figures, Names], str]] = {
+FINDINGS: dict[str, Callable[[Figures, Names], list[str]]] = {
     "loss_by_repeats": loss_by_repeats,
     "residual": residual,
     "similarity": similarity,

@@ -105,9 +105,10 @@ def _section(section: str, analysis: Analysis, drawn: dict[str, Plot]) -> str:
 
 def _article(plot: Plot, analysis: Analysis) -> str:
     text = words.WORDS[plot.name]
-    finding = FINDINGS[plot.name](analysis.figures, analysis.names) if plot.name in FINDINGS else ""
-    found = f'<p class="found"><b>In this run</b>{escape(finding)}</p>' if finding else ""
-    label = escape(f"{text.title}. {finding}", quote=True)
+    findings = FINDINGS[plot.name](analysis.figures, analysis.names) if plot.name in FINDINGS else []
+    sentences = "".join(f"<p>{escape(finding)}</p>" for finding in findings)
+    found = f'<div class="found"><b>In this run</b>{sentences}</div>' if findings else ""
+    label = escape(" ".join((f"{text.title}.", *findings)), quote=True)
     width = svg_width(plot.svg)
     small = " small" if width <= SMALL else ""
     return f"""<article id="{plot.name}">

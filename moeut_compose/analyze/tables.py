@@ -37,8 +37,8 @@ def experts_section(analysis: Analysis) -> str:
 <h3>What experts work for</h3>
 <p class="question">Can the job of an expert be told from its tokens?</p>
 <p>The experts that are used most, and the most specialised ones: those whose tokens differ most from those of the
-router as a whole. Tokens are ordered by their part in that difference; ▁ marks the start of a word. Places are where the
-expert weighs most.</p>
+router as a whole. Tokens are ordered by their part in that difference; ▁ marks the start of a word. Places are where
+the expert weighs most.</p>
 {tables}{more}</article>
 """
 

@@ -71,9 +71,11 @@ def _print_findings(analysis: "Analysis") -> None:
     missing = left_out(seen)
     loss = f"{seen.cross_entropy:.4f} nats per token"
     print(f"{analysis.spec.name} at step {analysis.step:,}, {seen.tokens:,} tokens: {loss}")
-    for name, finding in FINDINGS.items():
+    for name, found in FINDINGS.items():
         if name not in missing:
-            print(f"{WORDS[name].title}: {finding(seen, analysis.names)}")
+            print(f"\n{WORDS[name].title}")
+            print("\n".join(f"  {sentence}" for sentence in found(seen, analysis.names)))
+    print()
     for reason in dict.fromkeys(missing.values()):
         print(
             f"left out, because {reason}: {', '.join(WORDS[name].title for name in missing if missing[name] == reason)}"
