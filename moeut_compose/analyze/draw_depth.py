@@ -53,7 +53,7 @@ def draw_residual(seen: Figures, names: Names) -> Figure | None:
     size, update = figure.subplots(2, 1)
     size.plot(places, seen.residual.rms_after, "o-", color=COLOURS[0])
     size.set(ylabel="RMS of the stream after")
-    size.set_ylim(0)
+    size.set_ylim(0, 1.12 * np.nanmax(seen.residual.rms_after))
     for values, label, style, shade in (
         (seen.residual.update, "whole layer", "o-", COLOURS[0]),
         (seen.residual.mixer, "mixer", "s--", COLOURS[1]),
@@ -156,7 +156,8 @@ def draw_halting_map(seen: Figures, names: Names) -> Figure | None:
         labels = [str(number + 1) for number in range(len(depths.windows))]
         low, high = np.floor(depths.windows.min()), len(depths.passes)
         mesh = heat_map(axes, depths.windows, norm=Normalize(low, high), rows=labels)
-        axes.set_xticks(np.linspace(0, depths.windows.shape[1], 9).round())
+        places = np.linspace(0, depths.windows.shape[1], 9).round().astype(int)
+        axes.set_xticks(places, [str(place) for place in places])
         axes.set(xlabel="position in the window (tokens)", ylabel="window")
         if len(seen.depths) > 1:
             axes.set_title(f"stage {stage}")

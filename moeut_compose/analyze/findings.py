@@ -167,8 +167,8 @@ def co_occurrence(seen: Figures, names: Names) -> list[str]:
             pair = closest[0]
             member = names.member(router.name.stage, router.name.member)
             parts.append(
-                f"{member}, {names.role(router.name.role)}: furthest above expectation are "
-                f"{pair.experts[0]} and {pair.experts[1]}, {pair.count:,} times ({pair.lift:.1f} times as often as expected)"
+                f"{member}, {names.role(router.name.role)}: most above expectation are {pair.experts[0]} and "
+                f"{pair.experts[1]}, {pair.count:,} times ({pair.lift:.1f} times as often as expected)"
             )
     return _sentences(parts[:MAX_MEMBERS])
 
