@@ -66,6 +66,7 @@ def draw_plots(seen: Figures, names: Names) -> list[Plot]:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # what the first drawing arranged stays for the next
     return file.getvalue()
 
 

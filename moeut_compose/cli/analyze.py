@@ -50,8 +50,9 @@ def analyze(
     from moeut_compose.progress import make_reporter
 
     loaded, reporter = open_run(path, device), make_reporter()
-    analysis = analyze_run(loaded, windows=windows, text_file=text, batch_size=batch_size, reporter=reporter)
     folder = out or loaded.path / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)  # if nothing can be written, say so before the work
+    analysis = analyze_run(loaded, windows=windows, text_file=text, batch_size=batch_size, reporter=reporter)
     reporter.note("drawing")
     document = write_analysis(analysis, folder)
     if as_json:
