@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK = "#1f242b"
 """Text and lines of axes. The report replaces it by the colour of its own text."""
@@ -75,8 +75,14 @@ def application_axis(axes: Any, labels: Sequence[str]) -> None:
 
 
 def log_axis(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Plain numbers on a logarithmic axis: at 1, 2 and 5, or evenly spaced where the range is short. Call it last."""
+    low, high = axis.get_view_interval()
+    if high / low < 12:
+        axis.set_major_locator(
+            FixedLocator([tick for tick in MaxNLocator(5).tick_values(low, high) if tick > 0])
+        )
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -108,7 +114,7 @@ def heat_map(
         every = -(-len(names) // 30) or 1
         places = range(0, len(names), every)
         set_ticks([place + 0.5 for place in places], [names[place] for place in places])
-    if columns and sum(map(len, columns)) > 60:
+    if columns and sum(map(len, columns)) > 24:
         axes.tick_params(axis="x", labelrotation=90)
     if numbers:
         _write_numbers(axes, values, mesh)

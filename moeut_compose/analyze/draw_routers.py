@@ -53,7 +53,7 @@ def draw_load(seen: Figures, names: Names) -> Figure | None:
     if not groups:
         return None
     labels = [names.application(step) for step in seen.steps]
-    heights = [0.9 + 0.19 * len(by_application(seen, role, "load")) for role in groups]
+    heights = [0.9 + 2.6 * min(1, len(by_application(seen, role, "load")) / 18) for role in groups]
     figure = new_figure(sum(heights) + 0.3)
     panels = np.atleast_1d(figure.subplots(len(groups), 1, height_ratios=heights))
     for role, axes in zip(groups, panels, strict=True):
@@ -72,7 +72,7 @@ def draw_load(seen: Figures, names: Names) -> Figure | None:
         )
         axes.set(title=names.role(role), ylabel="application")
     panels[-1].set_xlabel("experts, the most used first")
-    bar = figure.colorbar(mesh, ax=list(panels), label="uses relative to an even share", shrink=0.9)
+    bar = figure.colorbar(mesh, ax=list(panels), label="uses relative to an even share", aspect=32)
     bar.ax.minorticks_off()
     bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["≤1/16", "1/4", "even", "4", "≥16"])
     return figure
@@ -102,7 +102,9 @@ def draw_expert_depth(seen: Figures, names: Names) -> Figure | None:
         row[0].set_ylabel("pass")
     for axes in grid[-1]:
         axes.set_xlabel("experts, by their mean pass")
-    bar = figure.colorbar(mesh, ax=list(grid.flat), label="share of an expert's uses", extend="max")
+    bar = figure.colorbar(
+        mesh, ax=list(grid.flat), label="share of an expert's uses", extend="max", aspect=32
+    )
     bar.outline.set_edgecolor(INK)
     return figure
 
@@ -164,14 +166,14 @@ def draw_overlap(seen: Figures, names: Names) -> Figure | None:
             between = router.overlap.between
             norm = Normalize(0, 1)
             mesh = heat_map(
-                axes, between, norm=norm, rows=passes, columns=passes, numbers=router.n_repeats <= 9
+                axes, between, norm=norm, rows=passes, columns=passes, numbers=router.n_repeats <= 6
             )
             member = names.member(router.name.stage, router.name.member)
             chance = np.nanmean(router.overlap.unrelated)
             axes.set_aspect("equal")
             axes.set_title(f"{member}: {names.role(role)}\nunrelated tokens: {chance:.2f}", fontsize=8.5)
         row[0].set_ylabel("pass")
-    bar = figure.colorbar(mesh, ax=list(grid.flat), label="intersection / union", shrink=0.9)
+    bar = figure.colorbar(mesh, ax=list(grid.flat), label="intersection / union", shrink=0.9, aspect=28)
     bar.outline.set_edgecolor(INK)
     return figure
 
@@ -228,9 +230,11 @@ def draw_diversity(seen: Figures, names: Names) -> Figure | None:
         log_axis(axes.xaxis)
         log_axis(axes.yaxis)
         axes.grid(alpha=0.12)
-        if 1 < len(routers) <= len(COLOURS):
-            axes.legend(title="member", loc="lower right", markerscale=1.6)
     panels[0].set_ylabel("effective number of different tokens")
+    handles, labels = panels[-1].get_legend_handles_labels()
+    if 1 < len(labels) <= len(COLOURS):
+        labels = [f"member {label}" for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, markerscale=1.6)
     return figure
 
 

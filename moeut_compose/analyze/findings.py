@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeut_compose.analyze.draw import MAX_MEMBERS
+from moeut_compose.analyze.draw import some
 from moeut_compose.analyze.draw_routers import roles
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def diversity(seen: Figures, names: Names) -> list[str]:
 
 def co_occurrence(seen: Figures, names: Names) -> list[str]:
     parts = []
-    for router in seen.routers:
-        closest = router.pairs.closest(1) if router.n_heads == 1 else []
+    for router in some([router for router in seen.routers if router.has_teams]):
+        closest = router.pairs.closest(1)
         if closest:
             pair = closest[0]
             member = names.member(router.name.stage, router.name.member)
@@ -170,7 +170,7 @@ def co_occurrence(seen: Figures, names: Names) -> list[str]:
                 f"{member}, {names.role(router.name.role)}: most above expectation are {pair.experts[0]} and "
                 f"{pair.experts[1]}, {pair.count:,} times ({pair.lift:.1f} times as often as expected)"
             )
-    return _sentences(parts[:MAX_MEMBERS])
+    return _sentences(parts)
 
 
 def halting(seen: Figures, names: Names) -> list[str]:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from moeut_compose.analyze import words
-from moeut_compose.analyze.draw import INK
+from moeut_compose.analyze.draw import COLOURS, INK
 from moeut_compose.analyze.findings import FINDINGS
 from moeut_compose.analyze.left_out import left_out
 from moeut_compose.analyze.tables import experts_section, halting_words
@@ -135,7 +135,7 @@ def svg_width(svg: str) -> float:
 
 
 def inline_svg(name: str, svg: str) -> str:
-    """The element alone: text in the colour of the page, no metadata, and ids that no other figure has."""
+    """The element alone: text and first line in the colours of the page, no metadata, ids that no other figure has."""
     svg = svg[svg.index("<svg") :].strip()
     width = svg_width(svg) * 4 / 3
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -144,7 +144,7 @@ def inline_svg(name: str, svg: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    return svg.replace(INK, "currentColor")
+    return svg.replace(INK, "currentColor").replace(COLOURS[0].lower(), "var(--accent)")
 
 
 def _anchor(section: str) -> str:

@@ -113,7 +113,8 @@ WORDS = {
         "Token diversity of experts",
         "Is an expert a specialist of a few tokens or a generalist?",
         "Each point is an expert: how often it is used against the effective number of different tokens "
-        "that it works for (the exponential of their entropy). The dashed line is the text itself.",
+        "that it works for (the exponential of their entropy). The dashed line is the text itself. "
+        "Of more than eight members the first are dark and the last bright.",
         "Points on the dashed line see the text as it is. Points far below have a small vocabulary of "
         "their own; the tables at the end name it. Experts that are rarely used cannot be diverse, so "
         "read points at the same place of the horizontal axis.",

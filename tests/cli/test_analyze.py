@@ -51,6 +51,13 @@ def without(runs: Path, tmp_path: Path):
     return copy
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time."""
+    monkeypatch.setattr(plots, "draw_plots", lambda *_: [])
+    monkeypatch.setattr(report, "render_report", lambda *_: "")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gets_its_report(name: str, runs: Path, tmp_path: Path, cli_json) -> None:
     out = tmp_path / "look"
@@ -69,6 +76,7 @@ def test_every_family_gets_its_report(name: str, runs: Path, tmp_path: Path, cli
         assert (out / figure["png"]).is_file()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_for_people_and_into_the_run_folder(without, cli) -> None:
     run = without()
     result = cli("analyze", str(run), "--windows", "1", "--device", "cpu")
@@ -79,13 +87,6 @@ def test_for_people_and_into_the_run_folder(without, cli) -> None:
     assert lines[-2] == f"report   {run / 'analysis' / 'report.html'}"
     assert (run / "analysis" / "report.html").is_file()
     assert "observing: 1/1" in result.stderr
-
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time."""
-    monkeypatch.setattr(plots, "draw_plots", lambda *_: [])
-    monkeypatch.setattr(report, "render_report", lambda *_: "")
 
 
 @pytest.mark.usefixtures("no_plots")
