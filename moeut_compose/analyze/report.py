@@ -46,6 +46,7 @@ def render_report(analysis: Analysis, plots: list[Plot]) -> str:
 {_facts(analysis)}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 {_order(analysis)}
+<p class="soft sideways">On a narrow screen, figures and tables can be moved sideways.</p>
 </header>
 <main>
 {sections}</main>
