@@ -1,17 +1,16 @@
-"""Figures of routers: loads, depths at which experts work, sharpness, overlap, tokens, co-occurrence."""
+"""Figures of routers: loads, sharpness, token or context, token diversity, co-occurrence."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 
 from moeut_compose.analyze.draw import (
     COLOURS,
     DIVERGING,
     INK,
-    WIDTH,
     application_axis,
     colour,
     heat_map,
@@ -78,46 +77,6 @@ def draw_load(seen: Figures, names: Names) -> Figure | None:
     return figure
 
 
-def draw_expert_depth(seen: Figures, names: Names) -> Figure | None:
-    """In which pass each expert of a shared layer is used."""
-    groups = {
-        role: [router for router in routers if router.n_repeats > 1] for role, routers in roles(seen).items()
-    }
-    groups = {role: some(routers) for role, routers in groups.items() if routers}
-    if not groups:
-        return None
-    n_columns = max(map(len, groups.values()))
-    tallest = max(router.n_repeats for routers in groups.values() for router in routers)
-    figure = new_figure(len(groups) * (1.1 + 0.2 * tallest) + 0.2)
-    grid = figure.subplots(len(groups), n_columns, squeeze=False)
-    for (role, routers), row in zip(groups.items(), grid, strict=True):
-        for axes in row[len(routers) :]:
-            axes.set_visible(False)
-        for router, axes in zip(routers, row, strict=False):
-            cells = passes_of_experts(router)
-            norm = Normalize(0, 2 / tallest)
-            mesh = heat_map(axes, cells, norm=norm, rows=[str(n + 1) for n in range(router.n_repeats)])
-            member = names.member(router.name.stage, router.name.member)
-            axes.set_title(f"{member}: {names.role(role)}")
-        row[0].set_ylabel("pass")
-    for axes in grid[-1]:
-        axes.set_xlabel("experts, by their mean pass")
-    bar = figure.colorbar(
-        mesh, ax=list(grid.flat), label="share of an expert's uses", extend="max", aspect=32
-    )
-    bar.outline.set_edgecolor(INK)
-    return figure
-
-
-def passes_of_experts(router: RouterFigures) -> np.ndarray:
-    """`[R, U]` where each used expert is used, columns adding up to one, by mean pass."""
-    uses = router.usage.share * router.usage.tokens[:, None, None]
-    uses = uses.reshape(router.n_repeats, -1)
-    uses = uses[:, uses.sum(0) > 0]
-    share = uses / uses.sum(0)
-    return share[:, np.argsort((share * np.arange(len(share))[:, None]).sum(0), kind="stable")]
-
-
 def draw_sharpness(seen: Figures, names: Names) -> Figure | None:
     """How undecided routers are for a token, and how evenly they use experts over all tokens."""
     groups = roles(seen)
@@ -146,35 +105,6 @@ def draw_sharpness(seen: Figures, names: Names) -> Figure | None:
     for axes in (entropy, ratio):
         application_axis(axes, labels)
         axes.grid(axis="y")
-    return figure
-
-
-def draw_overlap(seen: Figures, names: Names) -> Figure | None:
-    """Similarity of the expert sets of a token in different passes."""
-    groups = {role: some([r for r in routers if r.n_repeats > 1]) for role, routers in roles(seen).items()}
-    groups = {role: routers for role, routers in groups.items() if routers}
-    if not groups:
-        return None
-    n_columns = max(map(len, groups.values()))
-    figure = new_figure(2.6 * len(groups), width=min(WIDTH, 1.0 + 2.9 * n_columns))
-    grid = figure.subplots(len(groups), n_columns, squeeze=False)
-    for (role, routers), row in zip(groups.items(), grid, strict=True):
-        for axes in row[len(routers) :]:
-            axes.set_visible(False)
-        for router, axes in zip(routers, row, strict=False):
-            passes = [str(number + 1) for number in range(router.n_repeats)]
-            between = router.overlap.between
-            norm = Normalize(0, 1)
-            mesh = heat_map(
-                axes, between, norm=norm, rows=passes, columns=passes, numbers=router.n_repeats <= 6
-            )
-            member = names.member(router.name.stage, router.name.member)
-            chance = np.nanmean(router.overlap.unrelated)
-            axes.set_aspect("equal")
-            axes.set_title(f"{member}: {names.role(role)}\nunrelated tokens: {chance:.2f}", fontsize=8.5)
-        row[0].set_ylabel("pass")
-    bar = figure.colorbar(mesh, ax=list(grid.flat), label="intersection / union", shrink=0.9, aspect=28)
-    bar.outline.set_edgecolor(INK)
     return figure
 
 
@@ -226,9 +156,11 @@ def draw_diversity(seen: Figures, names: Names) -> Figure | None:
             )
         whole = np.mean([router.diversity.effective for router in routers])
         axes.axhline(whole, color=INK, ls="--", lw=1)
-        axes.set(xscale="log", yscale="log", title=names.role(role), xlabel="uses relative to an even share")
-        log_axis(axes.xaxis)
-        log_axis(axes.yaxis)
+        axes.set(title=names.role(role), xlabel="uses relative to an even share")
+        if whole > 0:  # otherwise no expert was ever used
+            axes.set(xscale="log", yscale="log")
+            log_axis(axes.xaxis)
+            log_axis(axes.yaxis)
         axes.grid(alpha=0.12)
     panels[0].set_ylabel("effective number of different tokens")
     handles, labels = panels[-1].get_legend_handles_labels()

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeut_compose.analyze.draw import some
+from moeut_compose.analyze.draw_passes import passes_of_experts, shared_routers
 from moeut_compose.analyze.draw_routers import roles
+from moeut_compose.analyze.overlap import mean_of
 
 if TYPE_CHECKING:
-    from moeut_compose.analyze.collect import Figures
+    from moeut_compose.analyze.collect import Figures, RouterFigures
     from moeut_compose.analyze.names import Names
 
 
@@ -66,16 +68,10 @@ def _mean_neighbours(seen: Figures) -> float:
 def load(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
-        ran = [
-            router.usage.max_over_mean[r]
-            for router in routers
-            for r in range(router.n_repeats)
-            if router.usage.tokens[r]
-        ]
         unused = sum(int((router.usage.share.sum(0) == 0).sum()) for router in routers)
         total = sum(router.n_heads * router.n_experts for router in routers)
         parts.append(
-            f"{names.role(role)}: the most used takes {max(ran):.1f} times an even share, "
+            f"{names.role(role)}: the most used takes {max(_ran(routers, 'max_over_mean')):.1f} times an even share, "
             f"{unused:,} of {total:,} were never used"
         )
     return _sentences(parts)
@@ -83,34 +79,17 @@ def load(seen: Figures, names: Names) -> list[str]:
 
 def expert_depth(seen: Figures, names: Names) -> list[str]:
     parts = []
-    for role, routers in roles(seen).items():
-        shared = [router for router in routers if router.n_repeats > 1]
-        if shared:
-            uses = np.concatenate(
-                [
-                    (router.usage.share * router.usage.tokens[:, None, None]).reshape(router.n_repeats, -1)
-                    for router in shared
-                    if router.n_repeats == shared[0].n_repeats
-                ],
-                axis=1,
-            )
-            uses = uses[:, uses.sum(0) > 0]
-            top = (uses / uses.sum(0)).max(0)
-            parts.append(
-                f"{names.role(role)}: {100 * (top > 0.5).mean():.0f} % have more than half of their uses in one pass"
-            )
+    for role, routers in shared_routers(seen).items():
+        largest = np.concatenate([passes_of_experts(router).max(0) for router in routers])
+        share = 100 * mean_of((largest > 0.5).astype(float))
+        parts.append(f"{names.role(role)}: {share:.0f} % have more than half of their uses in one pass")
     return _sentences(parts)
 
 
 def sharpness(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
-        ratio = [
-            router.usage.top1_over_median[r]
-            for router in routers
-            for r in range(router.n_repeats)
-            if router.usage.tokens[r]
-        ]
+        ratio = _ran(routers, "top1_over_median")
         parts.append(
             f"{names.role(role)}: the largest probability is {min(ratio):.1f} to {max(ratio):.1f} times the median"
         )
@@ -119,44 +98,40 @@ def sharpness(seen: Figures, names: Names) -> list[str]:
 
 def overlap(seen: Figures, names: Names) -> list[str]:
     parts = []
-    for role, routers in roles(seen).items():
-        shared = [router for router in routers if router.n_repeats > 1]
-        if not shared:
-            continue
-        next_pass = np.concatenate([np.diagonal(router.overlap.between, 1) for router in shared])
-        fresh = np.concatenate([router.overlap.fresh for router in shared])
-        paths = np.mean([router.overlap.path_diversity for router in shared])
-        if np.isfinite(next_pass).any():
+    for role, routers in shared_routers(seen).items():
+        successive = np.concatenate([np.diagonal(router.overlap.between, 1) for router in routers])
+        fresh = np.concatenate([router.overlap.fresh for router in routers])
+        paths = np.array([router.overlap.path_diversity for router in routers])
+        if np.isfinite(successive).any():
             parts.append(
-                f"{names.role(role)}: {np.nanmean(next_pass):.2f} between successive passes, "
-                f"{100 * np.nanmean(fresh):.1f} % of choices entirely new, "
-                f"{paths:.2f} times as many experts over all passes as in one"
+                f"{names.role(role)}: {mean_of(successive):.2f} between successive passes, "
+                f"{100 * mean_of(fresh):.1f} % of choices entirely new, "
+                f"{mean_of(paths):.2f} times as many experts over all passes as in one"
             )
     return _sentences(parts) or ["No token ran in two passes."]
 
 
 def token_or_context(seen: Figures, names: Names) -> list[str]:
     parts = []
-    for role in roles(seen):
-        same = np.concatenate([router.overlap.same_token for router in roles(seen)[role]])
-        other = np.concatenate([np.diagonal(router.overlap.unrelated) for router in roles(seen)[role]])
-        parts.append(
-            f"{names.role(role)}: {np.nanmean(same):.2f} for the same token, {np.nanmean(other):.2f} for unrelated ones"
-        )
-    return _sentences(parts)
+    for role, routers in roles(seen).items():
+        same = mean_of(np.concatenate([router.overlap.same_token for router in routers]))
+        other = mean_of(np.concatenate([np.diagonal(router.overlap.unrelated) for router in routers]))
+        if np.isfinite(same) and np.isfinite(other):
+            parts.append(f"{names.role(role)}: {same:.2f} for the same token, {other:.2f} for unrelated ones")
+    return _sentences(parts) or ["No token came twice in a window."]
 
 
 def diversity(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
-        effective = [
-            expert.effective for router in routers for expert in router.diversity.experts if expert.uses
-        ]
-        whole = np.mean([router.diversity.effective for router in routers])
-        parts.append(
-            f"{names.role(role)}: median {np.median(effective):.0f} effective tokens, the text has {whole:.0f}"
-        )
-    return _sentences(parts)
+        experts = [expert for router in routers for expert in router.diversity.experts if expert.uses]
+        if experts:
+            middle = np.median([expert.effective for expert in experts])
+            whole = mean_of(np.array([router.diversity.effective for router in routers]))
+            parts.append(
+                f"{names.role(role)}: median {middle:.0f} effective tokens, the text has {whole:.0f}"
+            )
+    return _sentences(parts) or ["No expert was used."]
 
 
 def co_occurrence(seen: Figures, names: Names) -> list[str]:
@@ -185,6 +160,16 @@ def halting(seen: Figures, names: Names) -> list[str]:
             f"in the windows below depths differ by up to {spread:.2f} passes"
         )
     return _sentences(parts)
+
+
+def _ran(routers: list[RouterFigures], values: str) -> list[float]:
+    """A figure of `Usage` in all passes that any token ran in."""
+    return [
+        getattr(router.usage, values)[repeat]
+        for router in routers
+        for repeat in range(router.n_repeats)
+        if router.usage.tokens[repeat]
+    ]
 
 
 def _sentences(parts: list[str]) -> list[str]:

@@ -101,3 +101,9 @@ class _Mean:
     def value(self) -> np.ndarray:
         total, count = self._sums.cpu().numpy()
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def mean_of(values: np.ndarray) -> float:
+    """The mean of what exists; NaN if nothing does."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib import rc_context
 
 from moeut_compose.analyze import draw_depth as depth
+from moeut_compose.analyze import draw_passes as passes
 from moeut_compose.analyze import draw_routers as routers
 from moeut_compose.analyze.draw import STYLE
 
@@ -26,9 +27,9 @@ PLOTS: dict[str, Callable[[Figures, Names], Figure | None]] = {
     "residual": depth.draw_residual,
     "similarity": depth.draw_similarity,
     "load": routers.draw_load,
-    "expert_depth": routers.draw_expert_depth,
+    "expert_depth": passes.draw_expert_depth,
     "sharpness": routers.draw_sharpness,
-    "overlap": routers.draw_overlap,
+    "overlap": passes.draw_overlap,
     "token_or_context": routers.draw_token_or_context,
     "diversity": routers.draw_diversity,
     "co_occurrence": routers.draw_co_occurrence,

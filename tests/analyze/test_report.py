@@ -189,6 +189,21 @@ def test_numbers_of_the_document() -> None:
     assert isinstance(rounded(3.0), int)
 
 
+def test_experts_that_nothing_uses(text: TokenFile, tmp_path: Path) -> None:
+    """Routers that see only zeros: ReLU routers then choose nothing at all."""
+    model, spec = make("remoe_tiny")
+    for name, weight in model.named_parameters():
+        if name.endswith("router.weight"):
+            weight.data.zero_()
+    figures = observe_model(model, spec, text, context=CONTEXT, windows=2)
+    ids = text.ids[: figures.tokens + 1]
+    analysis = Analysis(spec, Path("x"), 0, figures, ids, Vocabulary(None), "a text")
+    document = write_analysis(analysis, tmp_path)
+    assert not np.any([router["share"] for router in document["routers"]])
+    assert all(expert["contexts"] == [] for expert in document["routers"][0]["experts"])
+    assert "were never used" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_two_inlined_figures_share_no_ids() -> None:
     svg = (
         '<?xml version="1.0"?><svg width="300pt" height="100pt" viewBox="0 0 1 1"><metadata>http://x</metadata>'
