@@ -136,7 +136,12 @@ def _find_text(
     data = None
     if text_file is not None:
         data = TextData(files=[str(text_file)], validation_files=[str(text_file)])
-    text = held_out_text(run, windows=windows or DEFAULT_WINDOWS, data=data, reporter=reporter)
+    try:
+        text = held_out_text(run, windows=windows or DEFAULT_WINDOWS, data=data, reporter=reporter)
+    except DataError as error:
+        if text_file is not None:
+            raise
+        raise NoText(f"{error}; --text FILE reads a text of your own instead") from error
     return text, "held-out text of the recipe" if text_file is None else str(text_file)
 
 

@@ -132,6 +132,19 @@ def test_with_neither_tokenizer_nor_text(options: list[str], without, tmp_path: 
     assert not any((run / "analysis").iterdir())
 
 
+def test_data_that_cannot_be_reached(without, tmp_path: Path, cli) -> None:
+    """As after `import`: the recipe names a data set, and nothing is stored."""
+    run = without("validation")
+    recipe = run / "recipe.yaml"
+    text = recipe.read_text()
+    begin, end = text.index("data:"), text.index("tokenizer:")
+    recipe.write_text(f"{text[:begin]}data: {{kind: text, files: [gone.txt]}}\n{text[end:]}")
+    result = cli("analyze", str(run), "--out", str(tmp_path / "o"), "--device", "cpu")
+    assert result.exit_code == 1
+    assert "no file matches 'gone.txt'" in result.stderr
+    assert "--text FILE reads a text of your own instead" in result.stderr
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_more_windows_than_there_are(runs: Path, tmp_path: Path, cli) -> None:
     text = tmp_path / "short.txt"
