@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -59,8 +60,6 @@ def colour(index: int, n: int) -> Any:
     """The colour of one of `n` lines: apart where there are few, along a scale where there are many."""
     if n <= len(COLOURS):
         return COLOURS[index]
-    from matplotlib import colormaps
-
     return colormaps[SEQUENTIAL](index / (n - 1))
 
 
@@ -82,8 +81,8 @@ def log_axis(axis: Any) -> None:
             FixedLocator([tick for tick in MaxNLocator(5).tick_values(low, high) if tick > 0])
         )
     else:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -98,11 +97,10 @@ def heat_map(
     numbers: bool = False,
 ) -> Any:
     """Cells `[rows, columns]` with the first row on top; missing ones stay grey."""
-    axes.set_facecolor("#9a9a9a55")
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(values),
         norm=norm,
-        cmap=colours,
+        cmap=colormaps[colours].with_extremes(bad="#9a9a9a55"),
         rasterized=values.size > MAX_VECTOR_CELLS,
         edgecolors="none",
     )
@@ -127,7 +125,7 @@ def _write_numbers(axes: Any, values: np.ndarray, mesh: Any) -> None:
         if np.isfinite(value):
             red, green, blue, _ = mesh.cmap(mesh.norm(value))
             is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-            text = f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.0f}"
+            text = f"{value:.2f}".replace("0.", ".", 1)
             axes.text(
                 column + 0.5,
                 row + 0.5,

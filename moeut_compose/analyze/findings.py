@@ -38,12 +38,12 @@ def loss_by_repeats(seen: Figures, names: Names) -> list[str]:
 
 def residual(seen: Figures, names: Names) -> list[str]:
     update = seen.residual.update
-    most, least = int(np.argmax(update)), int(np.argmin(update))
-    first, last = seen.residual.rms_after[0], seen.residual.rms_after[-1]
+    most, least = int(np.nanargmax(update)), int(np.nanargmin(update))
+    sizes = seen.residual.rms_after[np.isfinite(seen.residual.rms_after)]
     return [
         f"{names.application(seen.steps[most])} moves the stream most, by {100 * update[most]:.0f} % of its size, "
         f"{names.application(seen.steps[least])} least ({100 * update[least]:.1f} %).",
-        f"The stream goes from {first:.3g} after the first application to {last:.3g} after the last.",
+        f"The stream goes from {sizes[0]:.3g} after the first application to {sizes[-1]:.3g} after the last that ran.",
     ]
 
 
@@ -90,9 +90,8 @@ def sharpness(seen: Figures, names: Names) -> list[str]:
     parts = []
     for role, routers in roles(seen).items():
         ratio = _ran(routers, "top1_over_median")
-        parts.append(
-            f"{names.role(role)}: the largest probability is {min(ratio):.1f} to {max(ratio):.1f} times the median"
-        )
+        span = f"{_plain(min(ratio))} to {_plain(max(ratio))}"
+        parts.append(f"{names.role(role)}: the largest probability is {span} times the median")
     return _sentences(parts)
 
 
@@ -170,6 +169,10 @@ def _ran(routers: list[RouterFigures], values: str) -> list[float]:
         for repeat in range(router.n_repeats)
         if router.usage.tokens[repeat]
     ]
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _sentences(parts: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ FIELDS = ("rms_before", "rms_after", "update", "mixer", "feedforward", "cosine")
 
 @dataclass(frozen=True)
 class Residual:
-    """Means over the tokens that run, by application `[A]`."""
+    """Means over the tokens that run, by application `[A]`; NaN where none does."""
 
     tokens: np.ndarray
     rms_before: np.ndarray
@@ -69,7 +69,7 @@ class ResidualSums:
 
     def result(self) -> tuple[Residual, Similarity]:
         tokens = self._tokens.cpu().numpy()
-        means = self._sums.cpu().numpy() / np.maximum(tokens, 1)[:, None]
+        means = self._sums.cpu().numpy() / np.where(tokens > 0, tokens, np.nan)[:, None]
         pairs = self._pairs.cpu().numpy()
 
         def mean(total: Tensor) -> np.ndarray:

@@ -14,7 +14,10 @@ from moeut_compose.train.router_load import DEAD_BELOW
 
 @dataclass(frozen=True)
 class Usage:
-    """Figures by repeat; where a router chooses for each head on its own, means over heads unless said otherwise."""
+    """Figures by repeat; where a router chooses for each head on its own, means over heads unless said otherwise.
+
+    Without tokens, shares and weights are zero and all other figures NaN.
+    """
 
     tokens: np.ndarray
     """`[R]` tokens that were routed."""
@@ -68,16 +71,17 @@ class UsageSums:
         share = self._uses.cpu().numpy() / routed[:, None, None]
         load = relative_load(share)
         distribution = load / load.shape[-1]
+        known = np.where(tokens > 0, 1.0, np.nan)  # no token may have come to a pass
         logs = np.log(np.where(distribution > 0, distribution, 1))
         return Usage(
             tokens=tokens,
             share=share,
             weight=self._weights.cpu().numpy() / routed[:, None, None],
-            entropy=self._entropy.cpu().numpy() / routed,
-            usage_entropy=-(distribution * logs).sum(-1).mean(-1),
-            top1_over_median=np.exp(self._log_ratio.cpu().numpy() / routed),
-            max_over_mean=load.max((-1, -2)),
-            dead=(load < DEAD_BELOW).sum((-1, -2)),
+            entropy=known * self._entropy.cpu().numpy() / routed,
+            usage_entropy=-known * (distribution * logs).sum(-1).mean(-1),
+            top1_over_median=known * np.exp(self._log_ratio.cpu().numpy() / routed),
+            max_over_mean=known * load.max((-1, -2)),
+            dead=known * (load < DEAD_BELOW).sum((-1, -2)),
         )
 
 

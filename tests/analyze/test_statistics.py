@@ -61,6 +61,31 @@ def test_usage_leaves_resting_tokens_out() -> None:
     assert_allclose(usage.share[:, 0], [[0.5, 0.5], [1, 0]])
 
 
+def test_passes_that_no_token_comes_to_have_no_figures() -> None:
+    seen = calls([[[0], [1]], [[0], [1]]], ids=[0, 0], n_experts=2, rests=[[], [0, 1]])
+    sums = UsageSums(2, 1, 2, CPU)
+    sums.add(seen)
+    usage = sums.result()
+    for figures in (
+        usage.entropy,
+        usage.usage_entropy,
+        usage.top1_over_median,
+        usage.max_over_mean,
+        usage.dead,
+    ):
+        assert np.isfinite(figures[0])
+        assert np.isnan(figures[1])
+    assert not usage.share[1].any()
+    x = torch.ones(1, 2, 3)
+    residual_sums = ResidualSums(2, CPU)
+    residual_sums.add(
+        [application(x, 2 * x, torch.ones(1, 2)), application(x, x, torch.zeros(1, 2), repeat=1)]
+    )
+    residual, _ = residual_sums.result()
+    assert_allclose(residual.update, [1, math.nan])
+    assert_allclose(residual.rms_after, [2, math.nan])
+
+
 def test_overlap_by_hand() -> None:
     sets = [
         [[0, 1], [0, 1], [2, 3], [2, 3]],
