@@ -77,6 +77,8 @@ class Routing(NamedTuple):
     gate: Tensor
     """`[B, T, H, K]` weights of the chosen experts."""
     stats: Stats
+    logits: Tensor
+    """`[B, T, H, E]` scores of all experts, at least float32: what the choice was made from, for observers."""
 
 
 class Mixed(NamedTuple):

@@ -44,13 +44,14 @@ class BalancedRouter(Router):
         if alive is not None:
             gate = gate.masked_fill(alive.rests[:, :, None, None], 0.0)
         if not (self.training and self.observes):
-            return Routing(index, gate, {})
+            return Routing(index, gate, {}, logits)
         probability = logits.softmax(-1)
         if alive is not None:
             rests = alive.rests[:, :, None, None]
             logits, probability = logits.masked_fill(rests, 0.0), probability.masked_fill(rests, 0.0)
         mass = None if alive is None else alive.mass
-        return Routing(index, gate, self.observe(Observation(logits, probability, index, gate, mass)))
+        seen = Observation(logits, probability, index, gate, mass)
+        return Routing(index, gate, self.observe(seen), logits)
 
     def observe(self, seen: Observation) -> Stats:
         """Sums of all balance terms."""

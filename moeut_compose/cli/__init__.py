@@ -6,6 +6,7 @@ and `params` answer before torch could have been loaded.
 
 import typer
 
+from moeut_compose.cli.analyze import analyze
 from moeut_compose.cli.author import new, schema, validate
 from moeut_compose.cli.bench import bench
 from moeut_compose.cli.browse import ls, show
@@ -58,7 +59,21 @@ def main(
     """
 
 
-for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
+for command in (
+    ls,
+    show,
+    new,
+    validate,
+    schema,
+    params,
+    macs,
+    match,
+    train,
+    evaluate,
+    generate,
+    compare,
+    analyze,
+):
     app.command()(command)
 app.command("import")(import_)
 app.command()(memory)

@@ -1,15 +1,14 @@
 """`evaluate` and `generate`: what a trained run can do."""
 
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeut_compose.cli.arguments import JsonOption
-from moeut_compose.cli.devices import DeviceOption, import_torch, named_device
-from moeut_compose.cli.failures import complain, wrong_usage
+from moeut_compose.cli.devices import DeviceOption, import_torch
+from moeut_compose.cli.failures import wrong_usage
 from moeut_compose.cli.output import print_json
+from moeut_compose.cli.runs import RunArgument, find_run, open_run
 from moeut_compose.cli.zero_shot import (
     AnewOption,
     LimitOption,
@@ -21,14 +20,12 @@ from moeut_compose.cli.zero_shot import (
     results_document,
 )
 from moeut_compose.evaluate.tasks import TASKS
-from moeut_compose.spec.find import NotFound, did_you_mean, nearest
 
 if TYPE_CHECKING:
-    from moeut_compose.train.run import Run
+    pass
 
 PERPLEXITY = "perplexity"
 TASK_NAMES = (PERPLEXITY, *TASKS)
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
 
 
 def evaluate(
@@ -66,10 +63,10 @@ def evaluate(
     rules = checked_protocol(protocol)
     folder = checked_folder(task_data, benchmarks) if benchmarks else None
     import_torch()
-    path = _run_folder(run)
+    path = find_run(run)
     from moeut_compose.progress import make_reporter
 
-    loaded, reporter = _load_run(path, device), make_reporter()
+    loaded, reporter = open_run(path, device), make_reporter()
     results = perplexity = None
     if folder is not None:
         from moeut_compose.evaluate.zero_shot import evaluate_tasks
@@ -131,10 +128,10 @@ def generate(
     - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
     """
     import_torch()
-    path = _run_folder(run)
+    path = find_run(run)
     from moeut_compose.generate import generate as write
 
-    loaded = _load_run(path, device)
+    loaded = open_run(path, device)
     try:
         text = write(
             loaded.model,
@@ -169,24 +166,3 @@ def _say(text: str) -> None:
 
 def _ignore(text: str) -> None:
     pass
-
-
-def _run_folder(name: str) -> Path:
-    """The folder that RUN names, also by its last part below the folder of runs. Raises `NotFound`."""
-    from moeut_compose.train.folder import runs_root
-
-    for path in (Path(name).expanduser(), runs_root() / name):
-        if path.exists():
-            return path
-    known = [path.name for path in sorted(runs_root().glob("*"), reverse=True) if path.is_dir()]
-    raise NotFound(f"{name}: no such run{did_you_mean(nearest(Path(name).name, known))}")
-
-
-def _load_run(path: Path, device: str) -> "Run":
-    from moeut_compose.train.device import choose_device
-    from moeut_compose.train.run import load_run
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
-        return load_run(path, device=choose_device(named_device(device)))

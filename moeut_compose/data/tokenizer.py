@@ -81,6 +81,10 @@ class Tokenizer:
         """Text of a sequence of ids; the word-start mark of the first piece is dropped."""
         return self._processor.decode(list(ids))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The pieces behind ids, one by one; `▁` marks where a word starts."""
+        return [self._processor.id_to_piece(int(identity)) for identity in ids]
+
 
 def _valid(text: str) -> str:
     """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""

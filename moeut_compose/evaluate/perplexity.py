@@ -112,19 +112,23 @@ def evaluate_run(
     reporter = reporter or SilentReporter()
     windows = windows or run.recipe.evaluation.windows
     context = run.context
-    text = None
-    if data is None:
-        text = _stored_text(run, windows)
-    if text is None:
-        text = prepare_validation(
-            data or run.recipe.data, run.tokenizer, context=context, windows=windows, reporter=reporter
-        )
+    text = held_out_text(run, windows=windows, data=data, reporter=reporter)
     count = text.n_windows(context) if windows is None else min(windows, text.n_windows(context))
     with reporter.task("evaluating", total=count) as task:
         result = measure_perplexity(
             run.model, text, context=context, windows=windows, batch_size=batch_size, between=task.advance
         )
     return {"step": run.step, **result.to_dict()}
+
+
+def held_out_text(
+    run: Run, *, windows: int | None, data: DataSpec | None = None, reporter: Reporter | None = None
+) -> TokenFile:
+    """At least `windows` windows (none: all) of a run's held-out text, or of that of `data`. Raises `DataError`."""
+    text = _stored_text(run, windows) if data is None else None
+    return text or prepare_validation(
+        data or run.recipe.data, run.tokenizer, context=run.context, windows=windows, reporter=reporter
+    )
 
 
 def _stored_text(run: Run, windows: int | None) -> TokenFile | None:
