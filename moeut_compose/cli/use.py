@@ -1,15 +1,14 @@
-"""`evaluate` and `generate`: what a trained run can do."""
+"""`evaluate`: how good a trained run is."""
 
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeut_compose.cli.arguments import JsonOption
-from moeut_compose.cli.devices import DeviceOption, import_torch, named_device
-from moeut_compose.cli.failures import complain, wrong_usage
+from moeut_compose.cli.devices import DeviceOption, import_torch
+from moeut_compose.cli.failures import wrong_usage
 from moeut_compose.cli.output import print_json
+from moeut_compose.cli.runs import RunArgument, find_run, open_run
 from moeut_compose.cli.zero_shot import (
     AnewOption,
     LimitOption,
@@ -21,14 +20,12 @@ from moeut_compose.cli.zero_shot import (
     results_document,
 )
 from moeut_compose.evaluate.tasks import TASKS
-from moeut_compose.spec.find import NotFound, did_you_mean, nearest
 
 if TYPE_CHECKING:
     from moeut_compose.train.run import Run
 
 PERPLEXITY = "perplexity"
 TASK_NAMES = (PERPLEXITY, *TASKS)
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
 
 
 def evaluate(
@@ -66,10 +63,10 @@ def evaluate(
     rules = checked_protocol(protocol)
     folder = checked_folder(task_data, benchmarks) if benchmarks else None
     import_torch()
-    path = _run_folder(run)
+    path = find_run(run)
     from moeut_compose.progress import make_reporter
 
-    loaded, reporter = _load_run(path, device), make_reporter()
+    loaded, reporter = open_run(path, device), make_reporter()
     results = perplexity = None
     if folder is not None:
         from moeut_compose.evaluate.zero_shot import evaluate_tasks
@@ -105,88 +102,3 @@ def _print_perplexity(name: str, result: "dict[str, float | int]") -> None:
     print(f"perplexity     {result['perplexity']:.3f}")
     print(f"cross entropy  {result['cross_entropy']:.4f} nats per token")
     print(f"bits per byte  {result['bits_per_byte']:.4f}")
-
-
-def generate(
-    run: RunArgument,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=0)] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among tokens of this joint probability.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Let a trained run continue a text.
-
-    **Example**
-
-    - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
-    """
-    import_torch()
-    path = _run_folder(run)
-    from moeut_compose.generate import generate as write
-
-    loaded = _load_run(path, device)
-    try:
-        text = write(
-            loaded.model,
-            loaded.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stream=_ignore if as_json else _say,
-        )
-    except ValueError as error:
-        raise wrong_usage(str(error)) from None
-    if as_json:
-        print_json(
-            {
-                "name": loaded.spec.name,
-                "run": str(loaded.path),
-                "step": loaded.step,
-                "prompt": prompt,
-                "text": text,
-            }
-        )
-    else:
-        print()
-
-
-def _say(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _ignore(text: str) -> None:
-    pass
-
-
-def _run_folder(name: str) -> Path:
-    """The folder that RUN names, also by its last part below the folder of runs. Raises `NotFound`."""
-    from moeut_compose.train.folder import runs_root
-
-    for path in (Path(name).expanduser(), runs_root() / name):
-        if path.exists():
-            return path
-    known = [path.name for path in sorted(runs_root().glob("*"), reverse=True) if path.is_dir()]
-    raise NotFound(f"{name}: no such run{did_you_mean(nearest(Path(name).name, known))}")
-
-
-def _load_run(path: Path, device: str) -> "Run":
-    from moeut_compose.train.device import choose_device
-    from moeut_compose.train.run import load_run
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
-        return load_run(path, device=choose_device(named_device(device)))
