@@ -1,10 +1,11 @@
 """One token for each of a few sequences: the parts of a layer that read every weight they need once, and no other.
 
-At a handful of tokens a layer takes as long as its weights take to arrive, or as its kernels take to start. So here norm
-and residual are part of the product that follows, routing is part of the expert product, and sums over experts, heads
-and slices of a matrix stay *pending*: a product returns addends `[P, N, D]` and whoever reads them next adds them up, in
-a fixed order. There are no gradients. The definitions in this file are plain PyTorch and run everywhere; Triton takes
-over on CUDA, and in its interpreter.
+At a handful of tokens a layer takes as long as its weights take to arrive, or as its kernels take to start. So here
+norm and residual are part of the product that follows, routing is part of the expert product, and sums over experts,
+heads and slices of a matrix stay *pending*: a product returns addends `[P, N, D]` and whoever reads them next adds them
+up, in a fixed order. There are no gradients. The definitions in this file are plain PyTorch and run everywhere; Triton
+takes over on CUDA, and in its interpreter.
+
 Legend: N tokens, D model width, H heads, F expert or head width, E experts (of a head), K choices, P addends, S room.
 """
 

@@ -1,8 +1,8 @@
 """Choosing the next token of every sequence without asking the host, so that a CUDA graph can hold it.
 
 What is promised: greedy choices are those of the largest logit, the lowest index among equals. A draw depends on the
-logits of its row, on the seed of its row and on its position, not on the other rows, and repeats bit for bit on one kind
-of device; another implementation, the CPU's included, draws other tokens from the same distribution.
+logits of its row, on the seed of its row and on its position, not on the other rows, and repeats bit for bit on one
+kind of device; another implementation, the CPU's included, draws other tokens from the same distribution.
 """
 
 import torch

@@ -1,10 +1,12 @@
 """Kernels for a few tokens: norm with product, and the expert feedforward.
 
-Up to FEW tokens every (token, choice) reads its expert on its own, by programs that find the choice themselves. Above,
-an expert that several tokens chose is read once: a program multiplies all tokens by one expert, whose gates are zero for
-those that did not choose it, and experts that nobody chose are not read. The arithmetic that this wastes is hidden
-behind the weights. Legend as in `decode.py`.
+Up to eight tokens every (token, choice) reads its expert on its own, by programs that find the choice themselves.
+Above, an expert that several tokens chose is read once: a program multiplies all tokens by one expert, whose gates are
+zero for those that did not choose it, and experts that nobody chose are not read. The arithmetic that this wastes is
+hidden behind the weights. Legend as in `decode.py`.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,11 +17,48 @@ from moeut_kernels.activation import is_gated
 from moeut_kernels.decode import Norm, Normed
 from moeut_kernels.triton_tiles import interpreted
 
-FEW = 8
-"""Tokens that are treated one by one."""
 
-DOWN_GROUPS = 16
-"""Addends of the down product of many tokens: programs that share out the experts."""
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of programs; nothing is tuned while a model runs."""
+
+    few: int = 8
+    """Tokens that are treated one by one."""
+    rows: int = 8
+    """Rows of a program of the product with its norm."""
+    up_depth: int = 64
+    up_warps: int = 4
+    down_columns: int = 64
+    down_slots: int = 2
+    """Choices that one program of the down product adds up."""
+    down_warps: int = 4
+    project_rows: int = 16
+    many_depth: int = 64
+    many_warps: int = 4
+    many_stages: int = 3
+    many_columns: int = 128
+    groups: int = 16
+    """Addends of the down product of many tokens: programs that share out the experts."""
+    value_columns: int = 32
+    value_depth: int = 128
+    output_columns: int = 32
+    attend_block: int = 64
+    attend_warps: int = 4
+
+
+_INTERPRETED = Tiles(
+    up_depth=16, down_columns=16, many_depth=32, many_columns=32, value_columns=16, value_depth=32,
+    output_columns=16, attend_block=16,
+)  # fmt: skip
+_FLOAT32 = Tiles(many_depth=32, many_columns=32, many_stages=2)
+_HALF = Tiles()
+
+
+def tiles(weight: Tensor) -> Tiles:
+    """Sizes for weights like this one."""
+    if interpreted():
+        return _INTERPRETED
+    return _FLOAT32 if weight.dtype == torch.float32 else _HALF
 
 
 @triton.jit
@@ -98,7 +137,9 @@ def _project(
     for at in range(0, d_model, DEPTH):
         d = at + tl.arange(0, DEPTH)
         rows = tl.load(
-            x + n[:, None] * d_model + d[None, :], mask=(n < n_tokens)[:, None] & (d < d_model)[None, :], other=0.0
+            x + n[:, None] * d_model + d[None, :],
+            mask=(n < n_tokens)[:, None] & (d < d_model)[None, :],
+            other=0.0,
         )
         w = tl.load(
             weight + r.to(tl.int64)[:, None] * d_model + d[None, :],
@@ -107,7 +148,9 @@ def _project(
         acc = tl.dot(rows, tl.trans(w), acc, input_precision="ieee")
     if BIASED:
         acc += tl.load(bias + r, mask=r < n_rows, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + n[:, None] * n_rows + r[None, :], acc, mask=(n < n_tokens)[:, None] & (r < n_rows)[None, :])
+    tl.store(
+        out + n[:, None] * n_rows + r[None, :], acc, mask=(n < n_tokens)[:, None] & (r < n_rows)[None, :]
+    )
 
 
 def norm_project(
@@ -120,10 +163,10 @@ def norm_project(
     layer, norm_biased, biased = norm.kind == "layer", norm.bias is not None, bias is not None
     total = torch.empty(n_tokens, d_model, dtype=torch.float32, device=x.device)
     out = torch.empty(n_tokens, n_rows, dtype=torch.float32, device=x.device)
-    warps = 4 if width <= 1024 else 8
-    if n_tokens <= FEW:
+    sizes, warps = tiles(weight), 4 if width <= 1024 else 8
+    if n_tokens <= sizes.few:
         normed = torch.empty_like(total)
-        rows = 4 if n_rows < 640 else 8
+        rows = sizes.rows // 2 if n_rows < 640 else sizes.rows
         _norm_project_few[(triton.cdiv(n_rows, rows),)](
             x, pending, norm.weight, norm.bias, weight, bias, total, normed, out, n_tokens, d_model, n_rows, norm.eps,
             n_addends, layer, norm_biased, biased, rows, width, num_warps=warps,
@@ -134,11 +177,21 @@ def norm_project(
         x, pending, norm.weight, norm.bias, total, data, normed, n_tokens, d_model, norm.eps,
         n_addends, layer, norm_biased, width, num_warps=warps,
     )  # fmt: skip
-    tokens, rows, depth = token_tile(n_tokens), 16 if n_rows < 2048 else 32, 32 if interpreted() else 128
-    if weight.dtype == torch.float32:
-        depth = 32
+    tokens, rows = token_tile(n_tokens), sizes.project_rows * (1 if n_rows < 2048 else 2)
     _project[(triton.cdiv(n_rows, rows), triton.cdiv(n_tokens, tokens))](
-        normed, weight, bias, out, n_tokens, d_model, n_rows, biased, tokens, rows, depth, num_warps=4, num_stages=3
+        normed,
+        weight,
+        bias,
+        out,
+        n_tokens,
+        d_model,
+        n_rows,
+        biased,
+        tokens,
+        rows,
+        sizes.many_depth,
+        num_warps=4,
+        num_stages=4,
     )
     return Normed(total, data, normed, out)
 
@@ -316,7 +369,7 @@ def expert_feedforward(
     x: Tensor, logits: Tensor, up: Tensor, down: Tensor, top_k: int, activation: str
 ) -> Tensor:
     """Body of `decode.expert_feedforward`."""
-    few = x.shape[0] <= FEW
+    few = x.shape[0] <= tiles(up).few
     return (_feedforward_few if few else _feedforward_many)(x, logits, up, down, top_k, activation)
 
 
@@ -325,8 +378,9 @@ def _feedforward_few(
 ) -> Tensor:
     (n_tokens, d_model), (n_experts, d_expert, _), width = x.shape, down.shape, up.shape[2]
     experts, chosen = triton.next_power_of_2(n_experts), triton.next_power_of_2(top_k)
-    depth = 16 if interpreted() else 64
-    n_splits, n_slots = triton.cdiv(d_model, depth), 1 if n_tokens > 2 else 2
+    sizes = tiles(up)
+    depth, columns, n_slots = sizes.up_depth, sizes.down_columns, sizes.down_slots
+    n_splits = triton.cdiv(d_model, depth)
     n_groups = triton.cdiv(top_k, n_slots)
     index = torch.empty(n_tokens * top_k, dtype=torch.int32, device=x.device)
     gates = torch.empty(n_tokens * top_k, dtype=torch.float32, device=x.device)
@@ -334,13 +388,12 @@ def _feedforward_few(
     out = torch.empty(n_groups, n_tokens, d_model, dtype=torch.float32, device=x.device)
     _up_few[(n_tokens * top_k, n_splits)](
         x, logits, up, index, gates, parts, logits.stride(0), d_model, width, n_experts, top_k,
-        experts, chosen, depth, triton.next_power_of_2(width), num_warps=4,
+        experts, chosen, depth, triton.next_power_of_2(width), num_warps=sizes.up_warps,
     )  # fmt: skip
-    columns = 16 if interpreted() else 64
     _down_few[(triton.cdiv(d_model, columns), n_groups, n_tokens)](
         parts, index, gates, down, out, d_model, d_expert, top_k, n_splits, n_tokens,
         activation, is_gated(activation), n_slots, triton.next_power_of_2(n_splits),
-        triton.next_power_of_2(d_expert), columns, num_warps=4,
+        triton.next_power_of_2(d_expert), columns, num_warps=sizes.down_warps,
     )  # fmt: skip
     return out
 
@@ -351,21 +404,20 @@ def _feedforward_many(
     (n_tokens, d_model), (n_experts, d_expert, _) = x.shape, down.shape
     experts, chosen = triton.next_power_of_2(n_experts), triton.next_power_of_2(top_k)
     tokens, width = token_tile(n_tokens), max(16, triton.next_power_of_2(d_expert))
-    n_tiles, wide = triton.cdiv(n_tokens, tokens), up.dtype == torch.float32
+    n_tiles, sizes = triton.cdiv(n_tokens, tokens), tiles(up)
     gates = torch.empty(n_tokens, n_experts, dtype=torch.float32, device=x.device)
     used = torch.empty(n_tiles, n_experts, dtype=torch.int32, device=x.device)
     hidden = torch.empty(n_tokens, n_experts, d_expert, dtype=up.dtype, device=x.device)
     _gates[(n_tokens,)](logits, gates, logits.stride(0), n_experts, top_k, experts, chosen, num_warps=4)
     _up[(n_experts, n_tiles)](
         x.to(up.dtype), gates, up, hidden, used, n_tokens, d_model, d_expert, n_experts,
-        activation, is_gated(activation), tokens, width, 32 if wide else 64,
-        num_warps=4, num_stages=2 if wide else 3,
+        activation, is_gated(activation), tokens, width, sizes.many_depth,
+        num_warps=sizes.many_warps, num_stages=sizes.many_stages,
     )  # fmt: skip
-    groups = min(DOWN_GROUPS, n_experts)
-    columns = 32 if wide else 128
+    groups, columns = min(sizes.groups, n_experts), sizes.many_columns
     out = torch.empty(groups, n_tokens, d_model, dtype=torch.float32, device=x.device)
     _down[(triton.cdiv(d_model, columns), groups, n_tiles)](
         hidden, used, down, out, n_tokens, d_model, d_expert, n_experts,
-        tokens, width, columns, groups, num_warps=4, num_stages=2 if wide else 3,
+        tokens, width, columns, groups, num_warps=sizes.many_warps, num_stages=sizes.many_stages,
     )  # fmt: skip
     return out

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeut_kernels.decode import Attended
-from moeut_kernels.triton_decode import token_tile
-from moeut_kernels.triton_tiles import interpreted
+from moeut_kernels.triton_decode import tiles, token_tile
 
 
 @triton.jit
@@ -69,7 +68,9 @@ def _values(
     n = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     d = split * DEPTH + tl.arange(0, DEPTH)
     rows = tl.load(
-        x + n[:, None] * d_model + d[None, :], mask=(n < n_tokens)[:, None] & (d < d_model)[None, :], other=0.0
+        x + n[:, None] * d_model + d[None, :],
+        mask=(n < n_tokens)[:, None] & (d < d_model)[None, :],
+        other=0.0,
     ).to(weight.dtype.element_ty)
     gates = _head_gates(
         logits + head * n_experts, n, n_tokens, n_experts, logits_stride, True, TOP_K, TOKENS, EXPERTS
@@ -86,7 +87,7 @@ def _values(
 def expert_values(x: Tensor, logits: Tensor, weight: Tensor, top_k: int) -> Tensor:
     """Body of `decode.expert_values`: one addend for each slice of the inputs."""
     (n_tokens, d_model), (_, n_heads, n_experts), d_head = x.shape, logits.shape, weight.shape[2]
-    tokens, columns, depth = token_tile(n_tokens), 16 if interpreted() else 32, 32 if interpreted() else 128
+    tokens, columns, depth = token_tile(n_tokens), tiles(weight).value_columns, tiles(weight).value_depth
     n_splits = triton.cdiv(d_model, depth)
     out = torch.empty(n_splits, n_tokens, n_heads, d_head, dtype=torch.float32, device=x.device)
     _values[(n_heads * triton.cdiv(d_head, columns), n_splits, triton.cdiv(n_tokens, tokens))](
@@ -109,7 +110,9 @@ def _outputs(
     f = tl.arange(0, DEPTH)
     top = tl.full((TOKENS,), -float("inf"), tl.float32)
     for z in range(n_slices):
-        top = tl.maximum(top, tl.load(tops + (z * n_tokens + n) * n_heads + head, mask=n < n_tokens, other=0.0))
+        top = tl.maximum(
+            top, tl.load(tops + (z * n_tokens + n) * n_heads + head, mask=n < n_tokens, other=0.0)
+        )
     mass = tl.zeros((TOKENS,), tl.float32)
     mixed = tl.zeros((TOKENS, DEPTH), tl.float32)
     for z in range(n_slices):
@@ -117,7 +120,9 @@ def _outputs(
         scale = tl.exp(tl.load(tops + at, mask=n < n_tokens, other=0.0) - top)
         mass += scale * tl.load(masses + at, mask=n < n_tokens, other=1.0)
         part = tl.load(
-            sums + at[:, None] * d_head + f[None, :], mask=(n < n_tokens)[:, None] & (f < d_head)[None, :], other=0.0
+            sums + at[:, None] * d_head + f[None, :],
+            mask=(n < n_tokens)[:, None] & (f < d_head)[None, :],
+            other=0.0,
         )
         mixed += scale[:, None] * part
     rows = (mixed / mass[:, None]).to(weight.dtype.element_ty)
@@ -137,7 +142,7 @@ def expert_outputs(attended: Attended, logits: Tensor | None, weight: Tensor, to
     """Body of `decode.expert_outputs`: one addend for each head."""
     n_slices, n_tokens, n_heads, d_head = attended.sums.shape
     n_experts, d_model = weight.shape[0] // n_heads, weight.shape[2]
-    tokens, columns = token_tile(n_tokens), 16 if interpreted() else 32
+    tokens, columns = token_tile(n_tokens), tiles(weight).output_columns
     out = torch.empty(n_heads, n_tokens, d_model, dtype=torch.float32, device=weight.device)
     _outputs[(triton.cdiv(d_model, columns), n_heads, triton.cdiv(n_tokens, tokens))](
         *attended, attended.tops if logits is None else logits, weight, out,
@@ -201,7 +206,9 @@ def _attend(
         new = new.to(keys.dtype.element_ty)
         add = tl.zeros((WIDTH,), tl.float32)
         for p in tl.static_range(PARTS):
-            add += tl.load(value + p * value_part + row * value_stride + head * d_head + d, mask=here, other=0.0)
+            add += tl.load(
+                value + p * value_part + row * value_stride + head * d_head + d, mask=here, other=0.0
+            )
         own = add.to(values.dtype.element_ty)
         cell = (first + place) * d_head + d
         tl.store(keys + cell, new, mask=here)
@@ -235,7 +242,8 @@ def attend(
     """Body of `decode.attend`."""
     keys, values = memory
     n_tokens, n_heads, room, d_head = keys.shape
-    slices, block = n_slices(n_tokens, n_heads, room), 16 if interpreted() else 64
+    slices, sizes = n_slices(n_tokens, n_heads, room), tiles(keys)
+    block = sizes.attend_block
     chunk = triton.cdiv(triton.cdiv(room, slices), block) * block
     sums = torch.empty(slices, n_tokens, n_heads, d_head, dtype=torch.float32, device=keys.device)
     tops, masses = (torch.empty(slices, n_tokens, n_heads, device=keys.device) for _ in range(2))
@@ -244,6 +252,6 @@ def attend(
         query, key, value, keys, values, position, cosines, sines, sums, tops, masses,
         n_tokens, n_heads, d_head, room, chunk, query.stride(0), key.stride(0), value.stride(0), value.stride(1),
         d_head**-0.5, 0 if rope is None else cosines.shape[1], value.shape[0],
-        max(16, triton.next_power_of_2(d_head)), block, num_warps=4, num_stages=2,
+        max(16, triton.next_power_of_2(d_head)), block, num_warps=sizes.attend_warps, num_stages=2,
     )  # fmt: skip
     return Attended(sums, tops, masses)

@@ -4,7 +4,6 @@ Thresholds are found by bisection over the ordered bits of the logits, without s
 takes the largest: noise is a function of the seed of the row and of the position alone.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

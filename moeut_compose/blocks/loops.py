@@ -106,7 +106,9 @@ class SinusoidalStep(StepEmbedding):
 
     def sinusoids(self, numbers: Tensor) -> Tensor:
         """`[..., D]` of passes or positions `[...]`, in float32."""
-        exponents = torch.arange(0, self.d_model, 2, device=numbers.device, dtype=torch.float32) / self.d_model
+        exponents = (
+            torch.arange(0, self.d_model, 2, device=numbers.device, dtype=torch.float32) / self.d_model
+        )
         angles = numbers[..., None].float() / 10000.0**exponents
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.d_model]
 

@@ -90,7 +90,8 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to read before.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0,
     modules: Annotated[
-        bool, typer.Option("--modules", help="Run the modules themselves where kernels for a few tokens would do.")
+        bool,
+        typer.Option("--modules", help="Run the modules themselves where kernels for a few tokens would do."),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: JsonOption = False,
@@ -128,7 +129,9 @@ def decode(
     how = ("kernels for a few tokens" if first.is_fused else "modules") + (
         ", one CUDA graph a token" if first.is_graphed else ""
     )
-    print(f"{first.name} on {first.device}, {first.dtype}, {how}; {prompt_tokens} tokens read, {tokens} written")
+    print(
+        f"{first.name} on {first.device}, {first.dtype}, {how}; {prompt_tokens} tokens read, {tokens} written"
+    )
     rows = [
         [
             str(timing.batch),

@@ -46,7 +46,8 @@ def generate(
         float, typer.Option(metavar="R", help="Above 1: tokens that came before become less likely.")
     ] = 1.0,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="The same seed gives the same text; prompt i of a file has N + i.")
+        int,
+        typer.Option(metavar="N", help="The same seed gives the same text; prompt i of a file has N + i."),
     ] = 0,
     stop: Annotated[
         list[str] | None,

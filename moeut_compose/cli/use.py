@@ -1,6 +1,6 @@
 """`evaluate`: how good a trained run is."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,9 +20,6 @@ from moeut_compose.cli.zero_shot import (
     results_document,
 )
 from moeut_compose.evaluate.tasks import TASKS
-
-if TYPE_CHECKING:
-    from moeut_compose.train.run import Run
 
 PERPLEXITY = "perplexity"
 TASK_NAMES = (PERPLEXITY, *TASKS)

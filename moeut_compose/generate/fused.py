@@ -1,9 +1,9 @@
 """One token of every sequence through a whole model by the kernels for a few tokens.
 
 Weights are cast once and packed: queries, keys, dense values and both attention routers are rows of one product. The
-residual stream stays in float32, and so do scores, gates and attention weights. Models are covered whose layers are
-attention or SwitchHead, with a dense feedforward or a sigma-MoE, norms before the blocks (pre or peri), rotary positions
-or none, and no halting; `packed` says so. For all others the modules themselves run.
+residual stream stays in float32, and so do scores, gates and attention weights. Covered are models whose layers are
+attention or SwitchHead, with a dense feedforward or a sigma-MoE, norms before the blocks (pre or peri), rotary
+positions or none, and no halting; `packed` says so. For all others the modules themselves run.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ def packed(model: LanguageModel, dtype: torch.dtype) -> FusedModel | None:
             return None
         if type(stage.step) is not NoStep:
             return None
-        members = [(_mixer(layer.mixer, dtype), _feedforward(layer.feedforward, dtype)) for layer in stage.layers]
+        members = [
+            (_mixer(layer.mixer, dtype), _feedforward(layer.feedforward, dtype)) for layer in stage.layers
+        ]
         for member, repeat in stage.schedule:
             layer, (mixer, feedforward) = stage.layers[member], members[member]
             norms = _norm(layer.mixer_norm, repeat), _norm(layer.feedforward_norm, repeat)
@@ -226,13 +228,9 @@ def _mixer(mixer: nn.Module, dtype: torch.dtype) -> PackedMixer | None:
     routers = (mixer.value_router, mixer.output_router)
     if not all(isinstance(router, SigmoidRouter) for router in routers):
         return None
-    product = _rows(
-        mixer.query.weight, mixer.key.weight, routers[0].weight, routers[1].weight, dtype=dtype
-    )
+    product = _rows(mixer.query.weight, mixer.key.weight, routers[0].weight, routers[1].weight, dtype=dtype)
     value, output = (weight.detach().to(dtype) for weight in (mixer.value, mixer.output))
-    return PackedMixer(
-        mixer.n_heads, d_head, mixer.n_experts, routers[1].top_k, product, value, output, rope
-    )
+    return PackedMixer(mixer.n_heads, d_head, mixer.n_experts, routers[1].top_k, product, value, output, rope)
 
 
 def _feedforward(feedforward: nn.Module, dtype: torch.dtype) -> PackedExperts | PackedDense | None:

@@ -1,10 +1,12 @@
 """Decoding that never waits for the host: static shapes, draws on the device, one graph replay a token.
 
-Prompts are read by the model itself; then the memories get room and the shapes never change again. A step takes the last
-tokens, runs the model, chooses, and writes down, all on the device; on CUDA it is recorded once and replayed. Weights are
-cast once to 16 bits. What is promised: greedy writing takes the likeliest token of the same arithmetic; draws depend on
-seed and position of their sequence and repeat on one kind of device, but are not those of `EagerDecoder`. In 16 bits
-sums depend on how many sequences run side by side, so that near-ties may fall differently from batch to batch.
+Prompts are read by the model itself; then the memories get room and the shapes never change again. A step takes the
+last tokens, runs the model, chooses, and writes down, all on the device; on CUDA it is recorded once and replayed.
+Weights are cast once to 16 bits.
+
+What is promised: greedy writing takes the likeliest token of the same arithmetic; draws depend on seed and position of
+their sequence and repeat on one kind of device, but are not those of `EagerDecoder`. The order of sums depends on how
+many sequences run side by side, so that in 16 bits near-ties may fall differently from batch to batch.
 """
 
 from __future__ import annotations
@@ -126,9 +128,7 @@ class GraphDecoder:
             penalty=sampling.repetition_penalty,
         )
         penal = self._choice.penalty
-        self._seen = (
-            torch.zeros(batch, vocab_size, dtype=torch.int8, device=self._device) if penal else None
-        )
+        self._seen = torch.zeros(batch, vocab_size, dtype=torch.int8, device=self._device) if penal else None
         self._fits = batch <= decode.MOST_TOKENS
         if self._fused is not None:
             self._fused.make_room(room)

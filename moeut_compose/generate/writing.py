@@ -45,9 +45,7 @@ class Generator:
     A sequence comes out the same whether it is written alone or beside others: of any length, with any seeds.
     """
 
-    def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, *, decoder: Decoder | None = None
-    ) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, decoder: Decoder | None = None) -> None:
         """`decoder` replaces the token-by-token one, see `moeut_compose.generate.graph.GraphDecoder`."""
         self._model = model
         self._tokenizer = tokenizer

@@ -265,7 +265,11 @@ def test_a_file_of_prompts_gives_each_what_it_gives_alone(trained: Path, cli, cl
     ("arguments", "code", "message"),
     [
         (["--prompts", "nowhere.txt"], 1, "nowhere.txt: no such file or directory"),
-        (["--prompts", "bad.jsonl"], 1, 'bad.jsonl:2: neither a text nor an object with a text named "prompt"'),
+        (
+            ["--prompts", "bad.jsonl"],
+            1,
+            'bad.jsonl:2: neither a text nor an object with a text named "prompt"',
+        ),
         (["--prompts", "worse.jsonl"], 1, "worse.jsonl:1: not JSON (Expecting value)"),
         (["--prompts", "bad.jsonl", "--prompt", "x"], 2, "give --prompt or --prompts, not both"),
         (["--min-p", "2"], 2, "min_p=2.0 must lie between 0 and 1"),

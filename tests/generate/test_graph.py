@@ -94,7 +94,10 @@ def test_draws_belong_to_the_seed_of_their_sequence() -> None:
     sampling = Sampling(temperature=1.0, top_k=50, top_p=0.95)
     decoder = GraphDecoder(model)
     together = write(decoder, PROMPTS, 20, sampling, [3, 4, 5])
-    alone = [write(decoder, [prompt], 20, sampling, [seed])[0] for prompt, seed in zip(PROMPTS, (3, 4, 5), strict=True)]
+    alone = [
+        write(decoder, [prompt], 20, sampling, [seed])[0]
+        for prompt, seed in zip(PROMPTS, (3, 4, 5), strict=True)
+    ]
     assert together == alone == write(decoder, PROMPTS, 20, sampling, [3, 4, 5])[:2] + alone[2:]
     assert write(decoder, PROMPTS, 20, sampling, [6, 7, 8]) != together
 

@@ -48,7 +48,7 @@ def write(model: torch.nn.Module, prompts: list[list[int]], n: int, **settings) 
     settings = {"sampling": GREEDY, "seeds": range(len(prompts))} | settings
     decoder.begin(prompts, max_new_tokens=n, **settings)
     pieces = [decoder.more() for _ in range(n)]
-    return [sum((piece[row] for piece in pieces), []) for row in range(len(prompts))]
+    return [[token for piece in pieces for token in piece[row]] for row in range(len(prompts))]
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(256, marks=pytest.mark.slow)])

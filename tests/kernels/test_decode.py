@@ -65,9 +65,7 @@ def test_norm_and_product(n_tokens: int, kind: str, dtype: torch.dtype) -> None:
     head_bias = random(n_rows, dtype=dtype) if kind == "rms" else None
     weight = random(n_rows, d_model, dtype=dtype)
     pending = None if kind == "rms" else random(3, n_tokens, d_model)
-    actual, expected = both(
-        decode.norm_project, random(n_tokens, d_model), pending, norm, weight, head_bias
-    )
+    actual, expected = both(decode.norm_project, random(n_tokens, d_model), pending, norm, weight, head_bias)
     for name, bound in (("total", torch.float32), ("data", dtype), ("normed", dtype), ("product", dtype)):
         check(getattr(actual, name), getattr(expected, name), bound)
 
@@ -77,7 +75,9 @@ def test_norm_and_product(n_tokens: int, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n_experts", "top_k"), [(5, 2), (1, 1)])
 def test_values(n_tokens: int, n_experts: int, top_k: int, dtype: torch.dtype) -> None:
     d_model, n_heads, d_head = 40, 3, 20
-    logits = torch.randn(n_tokens, n_heads * n_experts + 7).to(DEVICE)[:, 7:].unflatten(1, (n_heads, n_experts))
+    logits = (
+        torch.randn(n_tokens, n_heads * n_experts + 7).to(DEVICE)[:, 7:].unflatten(1, (n_heads, n_experts))
+    )
     x = random(n_tokens, d_model, dtype=dtype)
     weight = random(n_heads * n_experts, d_model, d_head, dtype=dtype)
     actual, expected = both(decode.expert_values, x, logits, weight, top_k)
@@ -116,7 +116,8 @@ def test_attention(n_tokens: int, room: int, half: int, dtype: torch.dtype) -> N
     rope = (angles.cos(), angles.sin()) if half else None
     columns = torch.randn(n_tokens, 2 * n_heads * d_head + 5).to(DEVICE)
     query, key = (
-        columns[:, at : at + n_heads * d_head].unflatten(1, (n_heads, d_head)) for at in (5, 5 + n_heads * d_head)
+        columns[:, at : at + n_heads * d_head].unflatten(1, (n_heads, d_head))
+        for at in (5, 5 + n_heads * d_head)
     )
     exact = tuple(part.double().cpu() for part in memory)
     value = torch.randn(n_parts, n_tokens, n_heads, d_head).to(DEVICE)
@@ -145,7 +146,10 @@ def test_feedforward(n_tokens: int, activation: str, dtype: torch.dtype) -> None
     width = d_expert * (2 if activation == "swiglu" else 1)
     logits = torch.randn(n_tokens, n_experts + 2).to(DEVICE)[:, 2:]
     x = random(n_tokens, d_model, dtype=dtype)
-    up, down = random(n_experts, d_model, width, dtype=dtype), random(n_experts, d_expert, d_model, dtype=dtype)
+    up, down = (
+        random(n_experts, d_model, width, dtype=dtype),
+        random(n_experts, d_expert, d_model, dtype=dtype),
+    )
     actual, expected = both(decode.expert_feedforward, x, logits, up, down, top_k, activation)
     check(actual.sum(0), expected.sum(0), dtype)
 
@@ -173,7 +177,10 @@ def draw(logits, seeds, n=1, seen=None, **settings):
     n_rows = logits.shape[0]
     choice = sampling.Choice(logits.device, **settings)
     position = torch.zeros(n_rows, dtype=torch.int64, device=logits.device)
-    tokens, written = torch.zeros_like(position), torch.zeros(n_rows, n + 1, dtype=torch.int64, device=logits.device)
+    tokens, written = (
+        torch.zeros_like(position),
+        torch.zeros(n_rows, n + 1, dtype=torch.int64, device=logits.device),
+    )
     for _ in range(n):
         sampling.choose_tokens(
             logits, choice, position=position, tokens=tokens, written=written, seeds=seeds, seen=seen
@@ -198,7 +205,9 @@ def draw(logits, seeds, n=1, seen=None, **settings):
     ],
 )
 def test_only_what_is_left_is_drawn(kind: str, settings: dict, left: set) -> None:
-    share = torch.tensor([0.03, 0.05, 0.12, 0.28, 0.52])  # over these shares everything can be worked out by hand
+    share = torch.tensor(
+        [0.03, 0.05, 0.12, 0.28, 0.52]
+    )  # over these shares everything can be worked out by hand
     logits = (share.log() + 3).expand(40, 5).contiguous().to(DEVICE)
     seen = None
     if "penalty" in settings:
