@@ -122,9 +122,9 @@ def attend(
     channels, half-split; None for none. The scale is 1 / sqrt(F).
     """
     if _on_triton(query):
-        from moeut_kernels import triton_decode_attention
+        from moeut_kernels import triton_decode_memory
 
-        return triton_decode_attention.attend(query, key, value, memory, position, rope)
+        return triton_decode_memory.attend(query, key, value, memory, position, rope)
     keys, values = memory
     query, key = (rotated(_wide(part), position, rope) for part in (query, key))
     place = position[:, None, None, None].expand(-1, keys.shape[1], 1, keys.shape[3])
@@ -177,9 +177,9 @@ def expert_feedforward(
 ) -> Tensor:
     """Sigma-MoE: x [N, D], logits [N, E], up [E, D, F] (2F for gated activations), down [E, F, D] -> [P, N, D]."""
     if _on_triton(x):
-        from moeut_kernels import triton_decode
+        from moeut_kernels import triton_decode_feedforward
 
-        return triton_decode.expert_feedforward(x, logits, up, down, top_k, activation)
+        return triton_decode_feedforward.expert_feedforward(x, logits, up, down, top_k, activation)
     gates = gate_matrix(logits, top_k)
     hidden = activations.apply(activation, torch.einsum("nd,edf->nef", _wide(x), _wide(up)))
     return torch.einsum("nef,ne,efd->nd", hidden, gates, _wide(down))[None]

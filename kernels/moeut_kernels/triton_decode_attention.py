@@ -1,7 +1,7 @@
 """Kernels for a few tokens: value and output experts of SwitchHead, and attention over a memory with room.
 
-Value and output products take all tokens by one head's experts in turn and leave out experts that nobody chose; a slice
-of the matrix per program keeps all multiprocessors reading. Legend as in `decode.py`.
+For few tokens a program finds the experts of one token and head by itself and reads a slice of each. For more it takes
+all tokens by the experts of a head in turn: nearly every expert is somebody's choice. Legend as in `decode.py`.
 """
 
 import torch
@@ -10,73 +10,112 @@ import triton.language as tl
 from torch import Tensor
 
 from moeut_kernels.decode import Attended
-from moeut_kernels.triton_decode import tiles, token_tile
+from moeut_kernels.triton_decode import after_previous, launch, start, tiles, token_tile
 
 
 @triton.jit
-def _head_gates(
-    logits, n, n_tokens, n_experts, logits_stride,
-    GATED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+def _mixed_experts(
+    left, weight, k, column, n_experts, d_in, d_out,
+    GATED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """`[TOKENS, EXPERTS]` sigmoids of each token's chosen experts of one head, zero elsewhere; ones without GATED."""
+    """A slice of the gated sum of the matrices of one head's chosen experts, of which `left` are the logits."""
+    e = tl.arange(0, EXPERTS)
+    mask = (k < d_in)[:, None] & (column < d_out)[None, :]
+    at = weight + k[:, None] * d_out + column[None, :]
+    if GATED:
+        mixed = tl.zeros((k.shape[0], column.shape[0]), tl.float32)
+        for _ in tl.static_range(TOP_K):
+            best = tl.max(left, 0)
+            expert = tl.min(tl.where(left == best, e, EXPERTS), 0)
+            w = tl.load(at + expert.to(tl.int64) * d_in * d_out, mask=mask, other=0.0)
+            mixed += w.to(tl.float32) / (1.0 + tl.exp(-best))
+            left = tl.where(e == expert, -float("inf"), left)
+    else:
+        mixed = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return mixed
+
+
+@triton.jit
+def _last_choice(logits, n, n_tokens, n_experts, logits_stride, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):
+    """Logit and number `[TOKENS]` of the last of each token's chosen experts of one head."""
     e = tl.arange(0, EXPERTS)[None, :]
     here = (n < n_tokens)[:, None] & (e < n_experts)
-    if GATED:
-        score = tl.load(logits + n[:, None] * logits_stride + e, mask=here, other=0.0)
-        left = tl.where(e < n_experts, score, -float("inf"))
-        gates = tl.zeros((TOKENS, EXPERTS), tl.float32)
-        for _ in tl.static_range(TOP_K):
-            best = tl.max(left, 1)[:, None]
-            first = tl.min(tl.where(left == best, e, EXPERTS), 1)[:, None]
-            gates = tl.where(e == first, 1.0 / (1.0 + tl.exp(-score)), gates)
-            left = tl.where(e == first, -float("inf"), left)
-        gates = tl.where(here, gates, 0.0)
-    else:
-        gates = tl.where(here, 1.0, 0.0)
-    return gates
+    left = tl.load(logits + n[:, None] * logits_stride + e, mask=here, other=-float("inf"))
+    for _ in tl.static_range(TOP_K):
+        best = tl.max(left, 1)
+        expert = tl.min(tl.where(left == best[:, None], e, EXPERTS), 1)
+        left = tl.where(e == expert[:, None], -float("inf"), left)
+    return best, expert
 
 
 @triton.jit
 def _gated_product(
-    rows, gates, weight, k, column, n_experts, d_in, d_out,
-    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    rows, logits, weight, n, k, column, n_tokens, n_experts, d_in, d_out, logits_stride,
+    GATED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over experts of gate x (rows @ a slice of the expert); experts without a gate are not read."""
-    e = tl.arange(0, EXPERTS)
+    """Sum over the experts of one head of gate x (rows @ a slice of the expert)."""
     acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    if GATED:
+        last, last_expert = _last_choice(logits, n, n_tokens, n_experts, logits_stride, TOP_K, EXPERTS)
     for expert in range(n_experts):
-        gate = tl.sum(tl.where((e == expert)[None, :], gates, 0.0), 1)
-        limit = tl.where(tl.max(gate, 0) > 0, d_in, 0)
         w = tl.load(
             weight + (tl.cast(expert, tl.int64) * d_in + k)[:, None] * d_out + column[None, :],
-            mask=(k < limit)[:, None] & (column < d_out)[None, :], other=0.0,
+            mask=(k < d_in)[:, None] & (column < d_out)[None, :], other=0.0,
         )  # fmt: skip
-        acc += gate[:, None] * tl.dot(rows, w, input_precision="ieee")
+        product = tl.dot(rows, w, input_precision="ieee")
+        if GATED:
+            score = tl.load(logits + n * logits_stride + expert, mask=n < n_tokens, other=-float("inf"))
+            chosen = (score > last) | ((score == last) & (expert <= last_expert))
+            product = tl.where(chosen, 1.0 / (1.0 + tl.exp(-score)), 0.0)[:, None] * product
+        acc += product
     return acc
+
+
+@triton.jit
+def _values_few(
+    x, logits, weight, out, n_tokens, n_heads, n_experts, d_model, d_head, logits_stride,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head's value of one token, from a slice of the inputs."""
+    n_columns = tl.cdiv(d_head, COLUMNS)
+    head, split, row = tl.program_id(0) // n_columns, tl.program_id(1), tl.program_id(2)
+    column = tl.program_id(0) % n_columns * COLUMNS + tl.arange(0, COLUMNS)
+    d = split * DEPTH + tl.arange(0, DEPTH)
+    e = tl.arange(0, EXPERTS)
+    after_previous(EARLY)
+    left = tl.load(
+        logits + row * logits_stride + head * n_experts + e, mask=e < n_experts, other=-float("inf")
+    )
+    rows = tl.load(x + row * d_model + d, mask=d < d_model, other=0.0).to(tl.float32)
+    first = weight + tl.cast(head * n_experts, tl.int64) * d_model * d_head
+    mixed = _mixed_experts(left, first, d, column, n_experts, d_model, d_head, True, TOP_K, EXPERTS)
+    acc = tl.sum(mixed * rows[:, None], 0)
+    tl.store(out + ((split * n_tokens + row) * n_heads + head) * d_head + column, acc, mask=column < d_head)
 
 
 @triton.jit
 def _values(
     x, logits, weight, out, n_tokens, n_heads, n_experts, d_model, d_head, logits_stride,
     TOP_K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head's values, from a slice of the inputs."""
+    """The same for a tile of tokens."""
     n_columns = tl.cdiv(d_head, COLUMNS)
-    head = tl.program_id(0) // n_columns
+    head, split = tl.program_id(0) // n_columns, tl.program_id(1)
     column = tl.program_id(0) % n_columns * COLUMNS + tl.arange(0, COLUMNS)
-    split = tl.program_id(1)
     n = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     d = split * DEPTH + tl.arange(0, DEPTH)
+    after_previous(EARLY)
     rows = tl.load(
         x + n[:, None] * d_model + d[None, :],
         mask=(n < n_tokens)[:, None] & (d < d_model)[None, :],
         other=0.0,
     ).to(weight.dtype.element_ty)
-    gates = _head_gates(
-        logits + head * n_experts, n, n_tokens, n_experts, logits_stride, True, TOP_K, TOKENS, EXPERTS
-    )
     first = weight + tl.cast(head * n_experts, tl.int64) * d_model * d_head
-    acc = _gated_product(rows, gates, first, d, column, n_experts, d_model, d_head, TOKENS, EXPERTS, COLUMNS)
+    acc = _gated_product(
+        rows, logits + head * n_experts, first, n, d, column, n_tokens, n_experts, d_model, d_head, logits_stride,
+        True, TOP_K, TOKENS, EXPERTS, COLUMNS,
+    )  # fmt: skip
     tl.store(
         out + ((split * n_tokens + n) * n_heads + head)[:, None] * d_head + column[None, :],
         acc,
@@ -87,34 +126,70 @@ def _values(
 def expert_values(x: Tensor, logits: Tensor, weight: Tensor, top_k: int) -> Tensor:
     """Body of `decode.expert_values`: one addend for each slice of the inputs."""
     (n_tokens, d_model), (_, n_heads, n_experts), d_head = x.shape, logits.shape, weight.shape[2]
-    tokens, columns, depth = token_tile(n_tokens), tiles(weight).value_columns, tiles(weight).value_depth
-    n_splits = triton.cdiv(d_model, depth)
+    sizes, early, experts = tiles(weight), start(weight), max(2, triton.next_power_of_2(n_experts))
+    columns, depth = sizes.value_columns, sizes.value_depth
+    n_splits, n_columns = triton.cdiv(d_model, depth), n_heads * triton.cdiv(d_head, columns)
     out = torch.empty(n_splits, n_tokens, n_heads, d_head, dtype=torch.float32, device=x.device)
-    _values[(n_heads * triton.cdiv(d_head, columns), n_splits, triton.cdiv(n_tokens, tokens))](
-        x, logits, weight, out, n_tokens, n_heads, n_experts, d_model, d_head, logits.stride(0),
-        top_k, tokens, max(2, triton.next_power_of_2(n_experts)), columns, depth, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    shape = (x, logits, weight, out, n_tokens, n_heads, n_experts, d_model, d_head, logits.stride(0), top_k)
+    if n_tokens <= sizes.few:
+        grid = (n_columns, n_splits, n_tokens)
+        _values_few[grid](*shape, experts, columns, depth, early, **launch(weight, 4))
+        return out
+    tokens = token_tile(n_tokens)
+    grid = (n_columns, n_splits, triton.cdiv(n_tokens, tokens))
+    _values[grid](*shape, tokens, experts, columns, depth, early, **launch(weight, 4))
     return out
+
+
+@triton.jit
+def _outputs_few(
+    sums, tops, masses, logits, weight, out, n_tokens, n_heads, n_experts, d_head, d_model, n_slices, logits_stride,
+    GATED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Some columns of what one head adds to one token: its experts, times the slices of attention put together."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    head, row = tl.program_id(1), tl.program_id(2)
+    f, z, e = tl.arange(0, DEPTH), tl.arange(0, SLICES), tl.arange(0, EXPERTS)
+    after_previous(EARLY)
+    left = tl.load(
+        logits + row * logits_stride + head * n_experts + e, mask=e < n_experts, other=-float("inf")
+    )
+    at = (z * n_tokens + row) * n_heads + head
+    top = tl.load(tops + at, mask=z < n_slices, other=-float("inf"))
+    mass = tl.load(masses + at, mask=z < n_slices, other=0.0)
+    part = tl.load(
+        sums + at[:, None] * d_head + f[None, :],
+        mask=(z < n_slices)[:, None] & (f < d_head)[None, :],
+        other=0.0,
+    )
+    first = weight + tl.cast(head * n_experts, tl.int64) * d_head * d_model
+    mixed = _mixed_experts(left, first, f, column, n_experts, d_head, d_model, GATED, TOP_K, EXPERTS)
+    scale = tl.exp(top - tl.max(top, 0))
+    rows = tl.sum(part * scale[:, None], 0) / tl.sum(mass * scale, 0)
+    acc = tl.sum(mixed * rows[:, None], 0)
+    tl.store(out + (head * n_tokens + row) * d_model + column, acc, mask=column < d_model)
 
 
 @triton.jit
 def _outputs(
     sums, tops, masses, logits, weight, out, n_tokens, n_heads, n_experts, d_head, d_model, n_slices, logits_stride,
     GATED: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of what one head adds: slices of attention put together, then the head's experts."""
+    """The same for a tile of tokens."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     head = tl.program_id(1)
     n = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     f = tl.arange(0, DEPTH)
     top = tl.full((TOKENS,), -float("inf"), tl.float32)
+    mass = tl.zeros((TOKENS,), tl.float32)
+    mixed = tl.zeros((TOKENS, DEPTH), tl.float32)
+    after_previous(EARLY)
     for z in range(n_slices):
         top = tl.maximum(
             top, tl.load(tops + (z * n_tokens + n) * n_heads + head, mask=n < n_tokens, other=0.0)
         )
-    mass = tl.zeros((TOKENS,), tl.float32)
-    mixed = tl.zeros((TOKENS, DEPTH), tl.float32)
     for z in range(n_slices):
         at = (z * n_tokens + n) * n_heads + head
         scale = tl.exp(tl.load(tops + at, mask=n < n_tokens, other=0.0) - top)
@@ -126,11 +201,11 @@ def _outputs(
         )
         mixed += scale[:, None] * part
     rows = (mixed / mass[:, None]).to(weight.dtype.element_ty)
-    gates = _head_gates(
-        logits + head * n_experts, n, n_tokens, n_experts, logits_stride, GATED, TOP_K, TOKENS, EXPERTS
-    )
     first = weight + tl.cast(head * n_experts, tl.int64) * d_head * d_model
-    acc = _gated_product(rows, gates, first, f, column, n_experts, d_head, d_model, TOKENS, EXPERTS, COLUMNS)
+    acc = _gated_product(
+        rows, logits + head * n_experts, first, n, f, column, n_tokens, n_experts, d_head, d_model, logits_stride,
+        GATED, TOP_K, TOKENS, EXPERTS, COLUMNS,
+    )  # fmt: skip
     tl.store(
         out + (head * n_tokens + n)[:, None] * d_model + column[None, :],
         acc,
@@ -140,118 +215,21 @@ def _outputs(
 
 def expert_outputs(attended: Attended, logits: Tensor | None, weight: Tensor, top_k: int) -> Tensor:
     """Body of `decode.expert_outputs`: one addend for each head."""
-    n_slices, n_tokens, n_heads, d_head = attended.sums.shape
+    slices, n_tokens, n_heads, d_head = attended.sums.shape
     n_experts, d_model = weight.shape[0] // n_heads, weight.shape[2]
-    tokens, columns = token_tile(n_tokens), tiles(weight).output_columns
+    sizes, early, experts = tiles(weight), start(weight), max(2, triton.next_power_of_2(n_experts))
+    columns, depth, gated = sizes.output_columns, max(16, triton.next_power_of_2(d_head)), logits is not None
     out = torch.empty(n_heads, n_tokens, d_model, dtype=torch.float32, device=weight.device)
-    _outputs[(triton.cdiv(d_model, columns), n_heads, triton.cdiv(n_tokens, tokens))](
-        *attended, attended.tops if logits is None else logits, weight, out,
-        n_tokens, n_heads, n_experts, d_head, d_model, n_slices, 0 if logits is None else logits.stride(0),
-        logits is not None, top_k, tokens, max(2, triton.next_power_of_2(n_experts)), columns,
-        max(16, triton.next_power_of_2(d_head)), num_warps=4, num_stages=3,
+    logits, stride = (attended.tops, 0) if logits is None else (logits, logits.stride(0))
+    shape = (
+        *attended, logits, weight, out, n_tokens, n_heads, n_experts, d_head, d_model, slices, stride, gated, top_k,
     )  # fmt: skip
+    if n_tokens <= sizes.few:
+        grid = (triton.cdiv(d_model, columns), n_heads, n_tokens)
+        n_rows = triton.next_power_of_2(slices)
+        _outputs_few[grid](*shape, experts, columns, depth, n_rows, early, **launch(weight, 4))
+        return out
+    tokens = token_tile(n_tokens)
+    grid = (triton.cdiv(d_model, columns), n_heads, triton.cdiv(n_tokens, tokens))
+    _outputs[grid](*shape, tokens, experts, columns, depth, early, **launch(weight, 4))
     return out
-
-
-@triton.jit
-def _turned(x, d, d_head, cos, sin, HALF: tl.constexpr):
-    """One head's query or key with its rotation, float32."""
-    turned = tl.load(x + d, mask=d < d_head, other=0.0).to(tl.float32)
-    if HALF > 0:
-        partner = tl.where(d < HALF, d + HALF, d - HALF)
-        other = tl.load(x + partner, mask=d < 2 * HALF, other=0.0).to(tl.float32)
-        turned = turned * cos + tl.where(d < HALF, -other, other) * sin
-    return turned
-
-
-@triton.jit
-def _attend(
-    query, key, value, keys, values, position, cosines, sines, sums, tops, masses,
-    n_tokens, n_heads, d_head, room, chunk, query_stride, key_stride, value_part, value_stride, scale,
-    HALF: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One head of one token over a slice of the memory; the first slice also holds the token itself."""
-    row, head, split = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads, tl.program_id(1)
-    d = tl.arange(0, WIDTH)
-    here = d < d_head
-    place = tl.load(position + row).to(tl.int32)
-    if HALF > 0:
-        angle = place * HALF + tl.where(d < HALF, d, d - HALF)
-        cos = tl.load(cosines + angle, mask=d < 2 * HALF, other=1.0)
-        sin = tl.load(sines + angle, mask=d < 2 * HALF, other=0.0)
-    else:
-        cos = tl.full((WIDTH,), 1.0, tl.float32)
-        sin = tl.zeros((WIDTH,), tl.float32)
-    q = _turned(query + row * query_stride + head * d_head, d, d_head, cos, sin, HALF) * scale
-    first = (tl.cast(row, tl.int64) * n_heads + head) * room
-    top = tl.full((), -float("inf"), tl.float32)
-    mass = tl.zeros((), tl.float32)
-    acc = tl.zeros((WIDTH,), tl.float32)
-    end = tl.minimum(split * chunk + chunk, place)
-    for at in range(split * chunk, end, BLOCK):
-        j = at + tl.arange(0, BLOCK)
-        cell = (first + j)[:, None] * d_head + d[None, :]
-        mask = (j < end)[:, None] & here[None, :]
-        k = tl.load(keys + cell, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + cell, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(j < end, tl.sum(k * q[None, :], 1), -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 0))
-        weight = tl.exp(score - higher)
-        fade = tl.exp(top - higher)
-        acc = acc * fade + tl.sum(weight[:, None] * v, 0)
-        mass = mass * fade + tl.sum(weight, 0)
-        top = higher
-    if split == 0:
-        new = _turned(key + row * key_stride + head * d_head, d, d_head, cos, sin, HALF)
-        new = new.to(keys.dtype.element_ty)
-        add = tl.zeros((WIDTH,), tl.float32)
-        for p in tl.static_range(PARTS):
-            add += tl.load(
-                value + p * value_part + row * value_stride + head * d_head + d, mask=here, other=0.0
-            )
-        own = add.to(values.dtype.element_ty)
-        cell = (first + place) * d_head + d
-        tl.store(keys + cell, new, mask=here)
-        tl.store(values + cell, own, mask=here)
-        score = tl.sum(new.to(tl.float32) * q, 0)
-        higher = tl.maximum(top, score)
-        weight = tl.exp(score - higher)
-        fade = tl.exp(top - higher)
-        acc = acc * fade + weight * own.to(tl.float32)
-        mass = mass * fade + weight
-        top = higher
-    at = (split * n_tokens + row) * n_heads + head
-    tl.store(sums + at * d_head + d, acc, mask=here)
-    tl.store(tops + at, top)
-    tl.store(masses + at, mass)
-
-
-def n_slices(n_tokens: int, n_heads: int, room: int) -> int:
-    """Slices of the memory: enough programs for a large GPU, none of fewer than 64 positions."""
-    return max(1, min(triton.cdiv(264, n_tokens * n_heads), room // 64, 16))
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory: tuple[Tensor, Tensor],
-    position: Tensor,
-    rope: tuple[Tensor, Tensor] | None,
-) -> Attended:
-    """Body of `decode.attend`."""
-    keys, values = memory
-    n_tokens, n_heads, room, d_head = keys.shape
-    slices, sizes = n_slices(n_tokens, n_heads, room), tiles(keys)
-    block = sizes.attend_block
-    chunk = triton.cdiv(triton.cdiv(room, slices), block) * block
-    sums = torch.empty(slices, n_tokens, n_heads, d_head, dtype=torch.float32, device=keys.device)
-    tops, masses = (torch.empty(slices, n_tokens, n_heads, device=keys.device) for _ in range(2))
-    cosines, sines = (position, position) if rope is None else rope
-    _attend[(n_tokens * n_heads, slices)](
-        query, key, value, keys, values, position, cosines, sines, sums, tops, masses,
-        n_tokens, n_heads, d_head, room, chunk, query.stride(0), key.stride(0), value.stride(0), value.stride(1),
-        d_head**-0.5, 0 if rope is None else cosines.shape[1], value.shape[0],
-        max(16, triton.next_power_of_2(d_head)), block, num_warps=sizes.attend_warps, num_stages=2,
-    )  # fmt: skip
-    return Attended(sums, tops, masses)
