@@ -4,6 +4,8 @@ A kernel may start while the one before it ends: it fetches weights first, then 
 `decode.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,8 +41,6 @@ class Tiles:
     value_depth: int = 128
     output_columns: int = 32
     attend_block: int = 32
-    starts_early: bool = True
-    """Let a kernel start while the one before it ends, where the device can."""
 
 
 _INTERPRETED = Tiles(
@@ -49,6 +49,7 @@ _INTERPRETED = Tiles(
 )  # fmt: skip
 _FLOAT32 = Tiles(many_depth=32, many_columns=32, many_stages=2)
 _HALF = Tiles()
+_early = True
 
 
 def tiles(weight: Tensor) -> Tiles:
@@ -67,7 +68,18 @@ def _can_start_early(device: torch.device) -> bool:
 
 def start(weight: Tensor) -> bool:
     """Whether kernels on this weight start early."""
-    return tiles(weight).starts_early and _can_start_early(weight.device)
+    return _early and _can_start_early(weight.device)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Let every kernel inside the block start only when the one before it has ended."""
+    global _early
+    before, _early = _early, False
+    try:
+        yield
+    finally:
+        _early = before
 
 
 def launch(weight: Tensor, warps: int, stages: int = 3) -> dict[str, int | bool]:

@@ -90,9 +90,9 @@ def _attend(
     if split == 0:
         new_key = new.to(keys.dtype.element_ty)
         new_value = add.to(values.dtype.element_ty)
-        cell = (first + place) * d_head + d
-        tl.store(keys + cell, new_key, mask=here)
-        tl.store(values + cell, new_value, mask=here)
+        last = (first + place) * d_head + d
+        tl.store(keys + last, new_key, mask=here)
+        tl.store(values + last, new_value, mask=here)
         score = tl.sum(new_key.to(tl.float32) * q, 0)
         higher = tl.maximum(top, score)
         weight = tl.exp(score - higher)

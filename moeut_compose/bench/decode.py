@@ -17,8 +17,12 @@ import torch
 from torch import nn
 
 from moeut_compose.blocks.feedforwards import ExpertFeedForward
+from moeut_compose.blocks.layers import Layer
+from moeut_compose.blocks.linear import Linear
 from moeut_compose.blocks.mixers import MixtureOfAttention, SwitchHead
 from moeut_compose.blocks.model import LanguageModel
+from moeut_compose.blocks.roles import Router
+from moeut_compose.blocks.stages import Stage
 from moeut_compose.build import build_model
 from moeut_compose.generate.graph import GraphDecoder
 from moeut_compose.generate.sampling import Sampling
@@ -134,39 +138,53 @@ def measure_decode(
 def touched_weights(model: LanguageModel, n_tokens: int) -> float:
     """Weights that a step of `n_tokens` is expected to read, those of a shared layer as often as it runs."""
     d_model = model.embedding.embedding_dim
-    outside = sum(p.numel() for part in (model.head, model.final_norm) if part for p in part.parameters())
-    if model.head is None:
-        outside += model.embedding.weight.numel()
-    total = float(outside + n_tokens * d_model)
-    for stage in model.stages:
-        layers = [_layer_weights(layer, n_tokens) for layer in stage.layers]
-        passes = max(repeat for _, repeat in stage.schedule) + 1
-        own = sum(p.numel() for part in (stage.halting, stage.injection) for p in part.parameters())
+    head = model.embedding.weight.numel() if model.head is None else _numel(model.head)
+    total = float(head + _numel(model.final_norm) + n_tokens * d_model)
+    for stage in _stages(model):
+        layers = [_layer_weights(layer, n_tokens) for layer in _members(stage)]
+        passes = 1 + max(repeat for _, repeat in stage.schedule)
+        own = _numel(stage.halting) + _numel(stage.injection)
         total += passes * own + sum(layers[member] for member, _ in stage.schedule)
-    return total
-
-
-def _layer_weights(layer: nn.Module, n_tokens: int) -> float:
-    total = float(sum(parameter.numel() for parameter in layer.parameters()))
-    for part in (layer.mixer, layer.feedforward):
-        match part:
-            case SwitchHead():
-                n_experts, top_k = part.n_experts, part.output_router.top_k
-            case MixtureOfAttention() | ExpertFeedForward():
-                n_experts, top_k = part.router.n_experts, getattr(part.router, "top_k", part.router.n_experts)
-            case _:
-                continue
-        untouched = (1 - min(1.0, top_k / n_experts)) ** n_tokens
-        total -= untouched * sum(weight.numel() for weight in part.expert_weights().values())
     return total
 
 
 def cached_numbers(model: LanguageModel) -> int:
     """Numbers that all caches keep for one position."""
     total = 0
-    for stage in model.stages:
+    for stage in _stages(model):
+        members = _members(stage)
         for member, _ in stage.schedule:
-            total += 2 * stage.layers[member].mixer.key.weight.shape[0]
+            key = members[member].mixer.get_submodule("key")
+            assert isinstance(key, Linear)
+            total += 2 * key.out_features
+    return total
+
+
+def _stages(model: LanguageModel) -> list[Stage]:
+    return [stage for stage in model.stages if isinstance(stage, Stage)]
+
+
+def _members(stage: Stage) -> list[Layer]:
+    return [layer for layer in stage.layers if isinstance(layer, Layer)]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _layer_weights(layer: Layer, n_tokens: int) -> float:
+    total = float(_numel(layer))
+    for part in (layer.mixer, layer.feedforward):
+        match part:
+            case SwitchHead():
+                router: Router = part.output_router
+            case MixtureOfAttention() | ExpertFeedForward():
+                router = part.router
+            case _:
+                continue
+        top_k = int(getattr(router, "top_k", router.n_experts))
+        untouched = (1 - top_k / router.n_experts) ** n_tokens
+        total -= untouched * sum(weight.numel() for weight in part.expert_weights().values())
     return total
 
 

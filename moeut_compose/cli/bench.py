@@ -6,7 +6,6 @@ import typer
 
 from moeut_compose.cli.arguments import (
     JsonOption,
-    SpecArgument,
     SpecsArgument,
     architecture_overrides,
     specs_and_overrides,
@@ -84,7 +83,7 @@ def step(
 
 @bench.command()
 def decode(
-    spec: SpecArgument,
+    specs: SpecsArgument,
     batch: Annotated[str, typer.Option(metavar="N,...", help="Sequences side by side.")] = "1,64",
     tokens: Annotated[int, typer.Option(metavar="N", min=32, help="Tokens to write.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to read before.")] = 64,
@@ -105,47 +104,49 @@ def decode(
     batches = [int(part) if part.isdecimal() else 0 for part in batch.split(",")]
     if min(batches) < 1:
         raise wrong_usage(f"--batch {batch}: write numbers from 1 on with commas between them")
-    names, overrides = specs_and_overrides([spec])
-    model = load_spec(names[0], architecture_overrides(overrides))
+    names, overrides = specs_and_overrides(specs)
+    models = [load_spec(name, architecture_overrides(overrides)) for name in names]
     from moeut_compose.bench.decode import measure_decode
     from moeut_compose.generate import Sampling
     from moeut_compose.progress import make_reporter
     from moeut_compose.train.device import choose_device
 
-    timings = measure_decode(
-        model,
-        batches=batches,
-        prompt_tokens=prompt_tokens,
-        new_tokens=tokens,
-        device=choose_device(device),
-        sampling=Sampling(temperature=temperature),
-        fused=not modules,
-        reporter=make_reporter(),
-    )
+    timings = [
+        timing
+        for model in models
+        for timing in measure_decode(
+            model,
+            batches=batches,
+            prompt_tokens=prompt_tokens,
+            new_tokens=tokens,
+            device=choose_device(device),
+            sampling=Sampling(temperature=temperature),
+            fused=not modules,
+            reporter=make_reporter(),
+        )
+    ]
     if as_json:
         print_json([timing.to_dict() for timing in timings])
         return
-    first = timings[0]
-    how = ("kernels for a few tokens" if first.is_fused else "modules") + (
-        ", one CUDA graph a token" if first.is_graphed else ""
-    )
-    print(
-        f"{first.name} on {first.device}, {first.dtype}, {how}; {prompt_tokens} tokens read, {tokens} written"
-    )
+    graphed = ", one CUDA graph a token" if timings[0].is_graphed else ""
+    print(f"{timings[0].device}, {timings[0].dtype}{graphed}; {prompt_tokens} tokens read, {tokens} written")
     rows = [
         [
+            timing.name,
+            "fused" if timing.is_fused else "modules",
             str(timing.batch),
             f"{timing.prefill_tokens_per_second:,.0f}",
             f"{timing.step_ms:.3f}",
             f"{timing.step_ms_low:.3f}-{timing.step_ms_high:.3f}",
             f"{timing.tokens_per_second:,.0f}",
             f"{(timing.weight_bytes + timing.cache_bytes) / 1e6:,.0f}",
-            "n/a" if timing.bound_tokens_per_second is None else f"{timing.bound_tokens_per_second:,.0f}",
-            "n/a"
-            if timing.bound_tokens_per_second is None
-            else f"{timing.tokens_per_second / timing.bound_tokens_per_second:.0%}",
+            *_beside_bound(timing.tokens_per_second, timing.bound_tokens_per_second),
         ]
         for timing in timings
     ]
-    header = ["batch", "read tokens/s", "ms a token", "spread", "tokens/s", "MB a step", "bound", "of bound"]
-    print_table(header, rows)
+    header = ["model", "kernels", "batch", "read tokens/s", "ms a step", "spread", "tokens/s"]
+    print_table([*header, "MB a step", "bound", "of bound"], rows, n_text_columns=2)
+
+
+def _beside_bound(speed: float, bound: float | None) -> list[str]:
+    return ["n/a", "n/a"] if bound is None else [f"{bound:,.0f}", f"{speed / bound:.0%}"]

@@ -24,6 +24,7 @@ from moeut_compose.blocks.mixers import Attention, SwitchHead
 from moeut_compose.blocks.norms import LayerNorm, RMSNorm
 from moeut_compose.blocks.positions import NoPosition, Rope
 from moeut_compose.blocks.routers import SigmoidRouter
+from moeut_compose.blocks.stages import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,24 +171,43 @@ def packed(model: LanguageModel, dtype: torch.dtype) -> FusedModel | None:
         return None
     layers: list[PackedLayer] = []
     for stage in model.stages:
+        assert isinstance(stage, Stage)
         if type(stage.halting) is not NoHalting or type(stage.injection) is not NoInjection:
             return None
         if type(stage.step) is not NoStep:
             return None
-        members = [
-            (_mixer(layer.mixer, dtype), _feedforward(layer.feedforward, dtype)) for layer in stage.layers
-        ]
+        members = [_Member.of(layer, dtype) for layer in stage.layers]
         for member, repeat in stage.schedule:
-            layer, (mixer, feedforward) = stage.layers[member], members[member]
-            norms = _norm(layer.mixer_norm, repeat), _norm(layer.feedforward_norm, repeat)
-            if not isinstance(layer, PreNormLayer | PeriNormLayer):
+            layer = members[member]
+            packed_layer = None if layer is None else layer.application(repeat)
+            if packed_layer is None:
                 return None
-            if mixer is None or feedforward is None or norms[0] is None or norms[1] is None:
-                return None
-            layers.append(
-                PackedLayer(mixer, feedforward, norms[0], norms[1], isinstance(layer, PeriNormLayer))
-            )
+            layers.append(packed_layer)
     return FusedModel(model, layers, final, dtype)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A layer with its weights packed, whatever its applications are."""
+
+    layer: PreNormLayer | PeriNormLayer
+    mixer: PackedMixer
+    feedforward: PackedExperts | PackedDense
+
+    @staticmethod
+    def of(layer: nn.Module, dtype: torch.dtype) -> _Member | None:
+        if not isinstance(layer, PreNormLayer | PeriNormLayer):
+            return None
+        mixer, feedforward = _mixer(layer.mixer, dtype), _feedforward(layer.feedforward, dtype)
+        return None if mixer is None or feedforward is None else _Member(layer, mixer, feedforward)
+
+    def application(self, repeat: int) -> PackedLayer | None:
+        norms = _norm(self.layer.mixer_norm, repeat), _norm(self.layer.feedforward_norm, repeat)
+        if norms[0] is None or norms[1] is None:
+            return None
+        return PackedLayer(
+            self.mixer, self.feedforward, norms[0], norms[1], isinstance(self.layer, PeriNormLayer)
+        )
 
 
 def _norm(norm: nn.Module, repeat: int) -> decode.Norm | None:
@@ -225,24 +245,25 @@ def _mixer(mixer: nn.Module, dtype: torch.dtype) -> PackedMixer | None:
         product = _rows(mixer.query.weight, mixer.key.weight, mixer.value.weight, dtype=dtype)
         output = mixer.output.weight.detach().to(dtype).t().reshape(mixer.n_heads, d_head, -1).contiguous()
         return PackedMixer(mixer.n_heads, d_head, 0, 0, product, None, output, rope)
-    routers = (mixer.value_router, mixer.output_router)
-    if not all(isinstance(router, SigmoidRouter) for router in routers):
+    of_values, of_outputs = mixer.value_router, mixer.output_router
+    if not isinstance(of_values, SigmoidRouter) or not isinstance(of_outputs, SigmoidRouter):
         return None
-    product = _rows(mixer.query.weight, mixer.key.weight, routers[0].weight, routers[1].weight, dtype=dtype)
+    product = _rows(mixer.query.weight, mixer.key.weight, of_values.weight, of_outputs.weight, dtype=dtype)
     value, output = (weight.detach().to(dtype) for weight in (mixer.value, mixer.output))
-    return PackedMixer(mixer.n_heads, d_head, mixer.n_experts, routers[1].top_k, product, value, output, rope)
+    return PackedMixer(mixer.n_heads, d_head, mixer.n_experts, of_outputs.top_k, product, value, output, rope)
 
 
 def _feedforward(feedforward: nn.Module, dtype: torch.dtype) -> PackedExperts | PackedDense | None:
     if isinstance(feedforward, DenseFeedForward):
         if not _is_plain(feedforward.up, feedforward.down):
             return None
-        up, down = feedforward.up, feedforward.down
-        biases = [None if part.bias is None else part.bias.detach() for part in (up, down)]
+        biases = [
+            None if part.bias is None else part.bias.detach() for part in (feedforward.up, feedforward.down)
+        ]
         return PackedDense(
-            up.weight.detach().to(dtype),
+            feedforward.up.weight.detach().to(dtype),
             biases[0],
-            down.weight.detach().to(dtype),
+            feedforward.down.weight.detach().to(dtype),
             None if biases[1] is None else biases[1].to(dtype),
             feedforward.activation,
         )
@@ -252,6 +273,8 @@ def _feedforward(feedforward: nn.Module, dtype: torch.dtype) -> PackedExperts | 
         return None
     if feedforward.down.shape[1] > decode.MOST_WIDTH:
         return None
-    up, down = (weight.detach().to(dtype) for weight in (feedforward.up, feedforward.down))
     router = feedforward.router
-    return PackedExperts(router.weight.detach().to(dtype), up, down, router.top_k, feedforward.activation)
+    rows, up, down = (
+        weight.detach().to(dtype) for weight in (router.weight, feedforward.up, feedforward.down)
+    )
+    return PackedExperts(rows, up, down, router.top_k, feedforward.activation)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16
 """Tokens written between two looks of the host."""
+
+CHECKED_STEPS = 4
+"""Steps in which a recorded step must write what the step itself writes."""
 
 ROOM_STEP = 256
 """Room grows in these steps, so that a recorded graph serves prompts of many lengths."""
@@ -59,6 +63,7 @@ class GraphDecoder:
         self._model = copy.deepcopy(model).eval().to(self.dtype)
         self._fused = packed(self._model, self.dtype) if fused else None
         self._key: tuple[object, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._fits = True
 
     @property
@@ -153,28 +158,50 @@ class GraphDecoder:
         )
 
     def _record(self) -> None:
-        """Run the step once for what is made on first use, then record it; the state stays as it was."""
+        """Run the step for what is made on first use, then record it and compare; the state stays as it was."""
         if self._device.type != "cuda":
             return
+        from moeut_kernels.triton_decode import one_by_one
+
         started = time.monotonic()
         self._reporter.note("preparing fast decoding: compiling kernels and recording a step")
         state = [self._position, self._tokens, self._written]
         state += [] if self._seen is None else [self._seen]
         kept = [part.clone() for part in state]
+
+        def restore() -> list[Tensor]:
+            """Put the state back; returns what it had become."""
+            seen = [part.clone() for part in state]
+            for part, before in zip(state, kept, strict=True):
+                part.copy_(before)
+            return seen
+
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._step()
-            self._step()
+        with torch.cuda.stream(stream), one_by_one():
+            self._steps()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        wanted = restore()
+        for prepare in (nullcontext, one_by_one):
+            with prepare():
+                self._graph = self._captured()
+            self._steps()
+            found = restore()
+            if not self.is_fused or all(map(torch.equal, found, wanted)):
+                break
+            self._reporter.warn("the recorded step differs from the step; recording it without early starts")
+        self._reporter.note(f"ready after {time.monotonic() - started:.0f} s")
+
+    def _steps(self) -> None:
+        """A few steps, to be compared."""
+        for _ in range(CHECKED_STEPS):
+            self._step() if self._graph is None else self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        for part, before in zip(state, kept, strict=True):
-            part.copy_(before)
-        torch.cuda.synchronize(self._device)
-        self._graph = graph
-        self._reporter.note(f"ready after {time.monotonic() - started:.0f} s")
+        return graph
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

@@ -44,13 +44,14 @@ class Transcript:
         return self._tokenizer.decode(self._before + self.ids)[self._skip :]
 
     def _certain(self, text: str) -> str:
-        """`text` without an incomplete character, and without what may yet turn out to begin a stop text."""
+        """`text` without an incomplete character, and without what a stop text may yet take: its beginning, blanks."""
         text = text.rstrip("\ufffd")
         begun = 0
         for stop in self._stop:
             sizes = range(min(len(stop), len(text)), 0, -1)
             begun = max(begun, next((size for size in sizes if text.endswith(stop[:size])), 0))
-        return text[: len(text) - begun]
+        certain = text[: len(text) - begun]
+        return certain.rstrip() if self._stop else certain
 
     def _give_out(self, text: str) -> str:
         if len(text) <= len(self.text):

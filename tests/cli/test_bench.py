@@ -43,6 +43,18 @@ def test_decoding_is_measured_beside_its_bound(cli_json: Callable[..., Any]) -> 
     assert small[0]["cache_bytes"] == 4 * 6 * 2 * 128 * (4 + 16)
 
 
+def test_decoding_for_people(cli: Callable[..., Result]) -> None:
+    sizes = ["--batch", "2", "--tokens", "32", "--prompt-tokens", "4", "--device", "cpu"]
+    result = cli("bench", "decode", "dense_tiny", "sut_tiny", "stages.0.repeats=1", *sizes)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[2:]] == [
+        ["dense_tiny", "fused", "2"],
+        ["sut_tiny", "modules", "2"],
+    ]
+    assert all(line.endswith("n/a       n/a") for line in lines[2:])
+
+
 def test_batches_are_numbers(cli: Callable[..., Result]) -> None:
     result = cli("bench", "decode", "moeut_tiny", "--batch", "1,x")
     assert result.exit_code == 2
