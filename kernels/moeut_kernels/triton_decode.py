@@ -102,18 +102,24 @@ def after_previous(EARLY: tl.constexpr):
 
 
 @triton.jit
-def _normalised(total, weight, bias, d, d_model, eps, LAYER: tl.constexpr, BIASED: tl.constexpr):
+def _norm_weights(weight, bias, d, d_model, BIASED: tl.constexpr):
+    """Weight and bias of a norm."""
+    scale = tl.load(weight + d, mask=d < d_model, other=0.0)
+    if BIASED:
+        shift = tl.load(bias + d, mask=d < d_model, other=0.0)
+    else:
+        shift = tl.zeros_like(scale)
+    return scale, shift
+
+
+@triton.jit
+def _normalised(total, scale, shift, d, d_model, eps, LAYER: tl.constexpr):
     """Norm of one row, float32; zero behind its end."""
-    here = d < d_model
     if LAYER:
-        centred = tl.where(here, total - tl.sum(total, 0) / d_model, 0.0)
+        centred = tl.where(d < d_model, total - tl.sum(total, 0) / d_model, 0.0)
     else:
         centred = total
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / d_model + eps)
-    normed = centred * scale * tl.load(weight + d, mask=here, other=0.0)
-    if BIASED:
-        normed += tl.load(bias + d, mask=here, other=0.0)
-    return normed
+    return centred / tl.sqrt(tl.sum(centred * centred, 0) / d_model + eps) * scale + shift
 
 
 @triton.jit
@@ -137,10 +143,11 @@ def _norm_project_few(
     d = tl.arange(0, WIDTH)
     mask = (r < n_rows)[:, None] & (d < d_model)[None, :]
     w = tl.load(weight + r.to(tl.int64)[:, None] * d_model + d[None, :], mask=mask, other=0.0)
+    scale, shift = _norm_weights(norm_weight, norm_bias, d, d_model, NORM_BIASED)
     after_previous(EARLY)
     for row in range(n_tokens):
         total = _summed(x, pending, row, n_tokens, d, d_model, ADDENDS)
-        normed = _normalised(total, norm_weight, norm_bias, d, d_model, eps, LAYER, NORM_BIASED)
+        normed = _normalised(total, scale, shift, d, d_model, eps, LAYER)
         if tl.program_id(0) == 0:
             tl.store(total_out + row * d_model + d, total, mask=d < d_model)
             tl.store(normed_out + row * d_model + d, normed, mask=d < d_model)
@@ -158,9 +165,10 @@ def _sum_norm(
     """One token: residual sum and norm, also in the dtype of the weights."""
     row = tl.program_id(0)
     d = tl.arange(0, WIDTH)
+    scale, shift = _norm_weights(norm_weight, norm_bias, d, d_model, NORM_BIASED)
     after_previous(EARLY)
     total = _summed(x, pending, row, n_tokens, d, d_model, ADDENDS)
-    normed = _normalised(total, norm_weight, norm_bias, d, d_model, eps, LAYER, NORM_BIASED)
+    normed = _normalised(total, scale, shift, d, d_model, eps, LAYER)
     at, here = row * d_model + d, d < d_model
     tl.store(total_out + at, total, mask=here)
     tl.store(data_out + at, total.to(data_out.dtype.element_ty), mask=here)

@@ -78,8 +78,12 @@ for n in (1, 9):
                 seen=torch.zeros(n, 100, dtype=torch.int8),
             )
 for name, codes in sorted(compiled.items()):
-    early = name != "_choose"
-    assert all(("griddepcontrol.wait" in code) == early for code in codes), name
+    for code in codes:
+        before, wait, _ = code.partition("griddepcontrol.wait")
+        assert bool(wait) == (name != "_choose"), name
+        if wait:  # what the kernel before writes must not be read earlier, and nothing be written
+            assert "st.global" not in before, name
+            assert "ld.global" not in before or "norm" in name, name
     print(name, len(codes))
 '''
 
