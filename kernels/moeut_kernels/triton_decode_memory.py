@@ -20,8 +20,9 @@ def _seen(q, k, v, j, end, top, mass, acc):
     """Softmax over a block of keys `[J, F]` on top of what was seen before."""
     score = tl.where(j < end, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
     higher = tl.maximum(top, tl.max(score, 0))
-    weight = tl.where(j < end, tl.exp(score - higher), 0.0)
-    fade = tl.where(top == higher, 1.0, tl.exp(top - higher))
+    base = tl.where(higher > -float("inf"), higher, 0.0)  # a block without anything to see weighs nothing
+    weight = tl.exp(score - base)
+    fade = tl.exp(top - base)
     acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
     return higher, mass * fade + tl.sum(weight, 0), acc
 

@@ -1,7 +1,7 @@
 """Kernels for a few tokens against their definitions in float64.
 
 On a GPU in float32, bfloat16 and float16; without one in Triton's interpreter, in a process of their own, see
-`test_decode_interpreter.py`.
+`test_interpreter.py`.
 """
 
 import os
@@ -103,8 +103,10 @@ def test_outputs(n_tokens: int, top_k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("half", [0, 4, 10])
-@pytest.mark.parametrize(("n_tokens", "room"), [(1, 70), (4, 300), (1, 1100)])
+@pytest.mark.parametrize("half", [0, 4])
+@pytest.mark.parametrize(
+    ("n_tokens", "room"), [(2, 128), (1, 160)] if INTERPRETED else [(2, 128), (4, 300), (1, 1100), (64, 512)]
+)
 def test_attention(n_tokens: int, room: int, half: int, dtype: torch.dtype) -> None:
     n_heads, d_head, n_parts = 2, 20, 3
     memory = tuple(random(n_tokens, n_heads, room, d_head, dtype=dtype) for _ in range(2))
@@ -132,7 +134,7 @@ def test_attention(n_tokens: int, room: int, half: int, dtype: torch.dtype) -> N
             position.cpu(),
             None if rope is None else tuple(part.double().cpu() for part in rope),
         )
-    assert actual.sums.shape[0] > 1 or room < 128
+    assert actual.sums.shape[0] > 1
     check(decode.merged(actual), decode.merged(expected), dtype)
     for written, wanted in zip(memory, exact, strict=True):
         check(written, wanted, dtype)
@@ -164,13 +166,15 @@ def test_other_activations(activation: str) -> None:
         check(actual.sum(0), expected.sum(0), torch.float32)
 
 
-def test_equal_logits_choose_the_lowest_expert() -> None:
-    logits = torch.zeros(1, 8).to(DEVICE)
-    up, down = random(8, 16, 16), random(8, 16, 16)
-    actual, _ = both(decode.expert_feedforward, random(1, 16), logits, up, down, 2, "relu")
-    torch.manual_seed(5)
-    random(8, 16, 16), random(8, 16, 16)
-    assert torch.isfinite(actual).all()
+def test_equal_logits_choose_the_lowest_experts() -> None:
+    for n_tokens in (1, 9):
+        x, logits = random(n_tokens, 16), torch.zeros(n_tokens, 8).to(DEVICE)
+        up, down = random(8, 16, 16), random(8, 16, 16)
+        actual, _ = both(decode.expert_feedforward, x, logits, up, down, 2, "relu")
+        with mk.use_backend("torch"):
+            apart = torch.arange(8, 0, -1.0).expand(n_tokens, 8) * 1e-6
+            expected = decode.expert_feedforward(x.cpu(), apart, up.cpu(), down.cpu(), 2, "relu")
+        torch.testing.assert_close(actual.sum(0).cpu(), expected.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def draw(logits, seeds, n=1, seen=None, **settings):
@@ -208,23 +212,27 @@ def test_only_what_is_left_is_drawn(kind: str, settings: dict, left: set) -> Non
     share = torch.tensor(
         [0.03, 0.05, 0.12, 0.28, 0.52]
     )  # over these shares everything can be worked out by hand
-    logits = (share.log() + 3).expand(40, 5).contiguous().to(DEVICE)
+    quick = kind == "triton" and INTERPRETED
+    n_rows = 4 if quick else 40
+    logits = (share.log() + 3).expand(n_rows, 5).contiguous().to(DEVICE)
     seen = None
     if "penalty" in settings:
-        seen = torch.zeros(40, 5, dtype=torch.int8, device=DEVICE)
+        seen = torch.zeros(n_rows, 5, dtype=torch.int8, device=DEVICE)
         seen[:, 4] = 1
     with mk.use_backend(kind):
-        n = 1 if settings.get("temperature") == 0 else 12
-        drawn = draw(logits, torch.arange(40, device=DEVICE), n, seen=seen, **settings)
-    assert set(drawn.flatten().tolist()) == left
+        n = 1 if settings.get("temperature") == 0 else 3 if quick else 12
+        drawn = set(
+            draw(logits, torch.arange(n_rows, device=DEVICE), n, seen=seen, **settings).flatten().tolist()
+        )
+    assert drawn <= left if quick else drawn == left
     if seen is not None:
-        assert seen.sum() == 80
+        assert seen.sum() == 2 * n_rows
 
 
 @pytest.mark.parametrize("kind", ["triton", "torch"])
 def test_draws_follow_the_distribution(kind: str) -> None:
     share = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    n_rows, n = (200, 10) if INTERPRETED else (2000, 10)
+    n_rows, n = (50, 3) if INTERPRETED else (2000, 10)
     logits = share.log().expand(n_rows, 4).contiguous().to(DEVICE)
     with mk.use_backend(kind):
         drawn = draw(logits, torch.arange(n_rows, device=DEVICE) * 7, n).cpu()
@@ -238,8 +246,9 @@ def test_a_draw_belongs_to_its_seed_and_position(kind: str) -> None:
     logits[2] = logits[0]
     seeds = torch.tensor([4, 5, 4], device=DEVICE)
     with mk.use_backend(kind):
-        together = draw(logits, seeds, 20)
+        n = 6 if INTERPRETED else 20
+        together = draw(logits, seeds, n)
         assert torch.equal(together[0], together[2])
-        assert torch.equal(together[1:2], draw(logits[1:2].contiguous(), seeds[1:2], 20))
-        assert not torch.equal(together[0], draw(logits[:1].contiguous(), seeds[1:2], 20)[0])
-        assert len(set(together[0].tolist())) > 3
+        assert torch.equal(together[1:2], draw(logits[1:2].contiguous(), seeds[1:2], n))
+        assert not torch.equal(together[0], draw(logits[:1].contiguous(), seeds[1:2], n)[0])
+        assert len(set(together[0].tolist())) > 2
