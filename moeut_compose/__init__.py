@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moeut_compose.blocks.cache import Cache as Cache
     from moeut_compose.build import build_model as build_model
+    from moeut_compose.generate import Generator as Generator
+    from moeut_compose.generate import Sampling as Sampling
     from moeut_compose.measure.macs import count_macs as count_macs
     from moeut_compose.measure.params import count_params as count_params
     from moeut_compose.spec.io import load_recipe as load_recipe
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Cache": "moeut_compose.blocks.cache",
+    "Generator": "moeut_compose.generate",
+    "Sampling": "moeut_compose.generate",
     "build_model": "moeut_compose.build",
     "count_macs": "moeut_compose.measure.macs",
     "count_params": "moeut_compose.measure.params",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.cache import Memory, Start, positions
 from moeut_compose.blocks.roles import Position
 
 
@@ -15,28 +15,35 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
-def remember(key: Tensor, value: Tensor, past: Memory | None) -> Memory:
-    """Append keys and values `[B, H, T, d_head]` to the memory of earlier positions."""
+def remember(key: Tensor, value: Tensor, past: Memory | None, start: Start) -> Memory:
+    """Add keys and values `[B, H, T, d_head]` to the memory of earlier positions: behind it, or into its room."""
     if past is None:
         return key, value
+    if not isinstance(start, int):
+        place = positions(start, key.shape[-2], key.device)[:, None, :, None].expand_as(key)
+        for memory, new in zip(past, (key, value), strict=True):
+            memory.scatter_(2, place, new.to(memory.dtype))
+        return past
     return torch.cat((past[0], key), dim=-2), torch.cat((past[1], value), dim=-2)
 
 
-def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> Tensor:
+def attend(query: Tensor, memory: Memory, *, position: Position, start: Start) -> Tensor:
     """Softmax attention, scale 1/sqrt(d_head).
 
     `query [B, H, T, d_head]` stands at positions `start, start + 1, ...` and sees everything up to itself in
-    `memory`.
+    `memory`. A memory with room is seen up to the query as well.
     """
     key, value = memory
     length, n_keys = query.shape[-2], key.shape[-2]
     bias = position.bias(query, start, n_keys)
-    if bias is None and length == n_keys:
+    alike = isinstance(start, int)
+    if bias is None and alike and length == n_keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    if bias is None and length == 1:
+    if bias is None and alike and length == 1:
         return F.scaled_dot_product_attention(query, key, value)
-    rows = torch.arange(start, start + length, device=query.device)
-    visible = torch.arange(n_keys, device=query.device) <= rows[:, None]
+    rows = positions(start, length, query.device)
+    visible = torch.arange(n_keys, device=query.device) <= rows[..., None]
+    visible = visible if alike else visible[:, None]
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     return F.scaled_dot_product_attention(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from moeut_compose.blocks.cache import Start, positions
 from moeut_compose.blocks.initialisation import normal_
 from moeut_compose.blocks.precision import at_least_float32
 
@@ -80,14 +81,14 @@ class StepEmbedding(nn.Module, ABC):
         """Draw the weights; nothing to do by default."""
 
     @abstractmethod
-    def forward(self, x: Tensor, repeat: int, start: int) -> Tensor:
+    def forward(self, x: Tensor, repeat: int, start: Start) -> Tensor:
         """`x [B, T, D]` at positions `start, start + 1, ...` with the mark of pass `repeat`."""
 
 
 class NoStep(StepEmbedding):
     """Nothing."""
 
-    def forward(self, x: Tensor, repeat: int, start: int) -> Tensor:
+    def forward(self, x: Tensor, repeat: int, start: Start) -> Tensor:
         return x
 
 
@@ -103,17 +104,18 @@ class SinusoidalStep(StepEmbedding):
         self.d_model = d_model
         self.positions = positions
 
-    def sinusoids(self, first: int, last: int, device: torch.device) -> Tensor:
-        """`[last - first, D]` in float32."""
-        numbers = torch.arange(first, last, device=device, dtype=torch.float32)
-        exponents = torch.arange(0, self.d_model, 2, device=device, dtype=torch.float32) / self.d_model
-        angles = numbers[:, None] / 10000.0**exponents
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : self.d_model]
+    def sinusoids(self, numbers: Tensor) -> Tensor:
+        """`[..., D]` of passes or positions `[...]`, in float32."""
+        exponents = (
+            torch.arange(0, self.d_model, 2, device=numbers.device, dtype=torch.float32) / self.d_model
+        )
+        angles = numbers[..., None].float() / 10000.0**exponents
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.d_model]
 
-    def forward(self, x: Tensor, repeat: int, start: int) -> Tensor:
-        mark = self.sinusoids(repeat, repeat + 1, x.device)
+    def forward(self, x: Tensor, repeat: int, start: Start) -> Tensor:
+        mark = self.sinusoids(positions(repeat, 1, x.device))
         if self.positions:
-            mark = mark + self.sinusoids(start, start + x.shape[1], x.device)
+            mark = mark + self.sinusoids(positions(start, x.shape[1], x.device))
         return x + mark.to(x.dtype)
 
 
@@ -127,5 +129,5 @@ class LearnedStep(StepEmbedding):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor, repeat: int, start: int) -> Tensor:
+    def forward(self, x: Tensor, repeat: int, start: Start) -> Tensor:
         return x + self.weight[repeat]

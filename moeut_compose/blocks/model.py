@@ -72,12 +72,18 @@ class LanguageModel(nn.Module):
                 uniform_(weight, bound=1.0 / math.sqrt(d_model))
 
     def forward(
-        self, ids: Tensor, *, targets: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        *,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Predict the token after each of `ids [B, T]`.
 
         With `targets [B, T]` (-100: ignored) the mean cross entropy takes the place of logits. With a `cache`, `ids`
-        continue the tokens that the cache has seen.
+        continue the tokens that the cache has seen. With `logits_at [B]` only the logits after those places in `ids`
+        are computed, `[B, 1, V]`.
         """
         x = self.embedding(ids)
         x = self.embedding_norm(x if self.embedding_scale == 1.0 else x * self.embedding_scale)
@@ -94,6 +100,8 @@ class LanguageModel(nn.Module):
             losses |= under(f"stages.{index}", run.losses)
             stats |= under(f"stages.{index}", run.stats)
             memories += run.memories
+        if logits_at is not None:
+            x = x[torch.arange(len(x), device=x.device), logits_at].unsqueeze(1)
         x = self.final_norm(x)
         return ModelOutput(
             logits=self._logits(x) if targets is None else None,

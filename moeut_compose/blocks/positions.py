@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moeut_compose.blocks.cache import Start, positions
 from moeut_compose.blocks.roles import Position
 
 
 class NoPosition(Position):
     """Attention that knows order only through the causal mask."""
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
+    def rotate(self, x: Tensor, start: Start) -> Tensor:
         return x
 
-    def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
+    def bias(self, query: Tensor, start: Start, n_keys: int) -> Tensor | None:
         return None
 
 
@@ -22,7 +23,7 @@ class Rope(Position):
     """Rotary embedding (arXiv:2104.09864) of the first `n_rotated` channels of each head, half-split.
 
     The angles are computed in float32 whatever the dtype of the model, as in the published code. Positions
-    beyond the prepared table are computed when they occur.
+    beyond the prepared table, and those of each sequence on its own, are computed when they occur.
     """
 
     cos: Tensor
@@ -36,30 +37,33 @@ class Rope(Position):
         self.register_buffer("sin", torch.empty(n_positions, n_rotated // 2), persistent=False)
 
     def fill_tables(self) -> None:
-        cos, sin = self._angles(0, self.cos.shape[0], self.cos.device)
+        cos, sin = self.angles(positions(0, self.cos.shape[0], self.cos.device))
         self.cos.copy_(cos)
         self.sin.copy_(sin)
 
-    def _angles(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, self.n_rotated, 2, device=device, dtype=torch.float32) / self.n_rotated
-        positions = torch.arange(start, end, device=device, dtype=torch.float32)
-        angles = positions[:, None] * (1.0 / self.base**exponents)
+    def angles(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[..., n_rotated / 2]` of positions `[...]`, in float32."""
+        channels = torch.arange(0, self.n_rotated, 2, device=places.device, dtype=torch.float32)
+        angles = places[..., None].float() * (1.0 / self.base ** (channels / self.n_rotated))
         return angles.cos(), angles.sin()
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
+    def rotate(self, x: Tensor, start: Start) -> Tensor:
         if self.n_rotated == 0:
             return x
-        end = start + x.shape[-2]
-        cos, sin = self.cos[start:end], self.sin[start:end]
-        if end > self.cos.shape[0]:
-            cos, sin = self._angles(start, end, x.device)
+        length = x.shape[-2]
+        if isinstance(start, int) and start + length <= self.cos.shape[0]:
+            cos, sin = self.cos[start : start + length], self.sin[start : start + length]
+        else:
+            cos, sin = self.angles(positions(start, length, x.device))
+        if not isinstance(start, int):
+            cos, sin = cos[:, None], sin[:, None]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         low, high, rest = x.split(
             (self.n_rotated // 2, self.n_rotated // 2, x.shape[-1] - self.n_rotated), dim=-1
         )
         return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
-    def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
+    def bias(self, query: Tensor, start: Start, n_keys: int) -> Tensor | None:
         return None
 
 
@@ -79,17 +83,19 @@ class Relative(Position):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.table)
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
+    def rotate(self, x: Tensor, start: Start) -> Tensor:
         return x
 
-    def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
+    def bias(self, query: Tensor, start: Start, n_keys: int) -> Tensor | None:
         batch, _, length, d_head = query.shape
         n_heads = self.table.shape[0]
         bundles = query.reshape(batch, -1, n_heads, length, d_head) * d_head**-0.25
         by_distance = bundles @ self.table.to(query.dtype)
-        rows = torch.arange(start, start + length, device=query.device)
+        rows = positions(start, length, query.device)
         columns = torch.arange(n_keys, device=query.device)
         reach = self.max_distance - 1
-        distance = (columns - rows[:, None]).clamp(-reach, reach) + self.max_distance
+        distance = (columns - rows[..., None]).clamp(-reach, reach) + self.max_distance
+        if not isinstance(start, int):
+            distance = distance[:, None, None]
         scores = by_distance.gather(-1, distance.expand(*by_distance.shape[:-1], n_keys))
         return scores.reshape(batch, -1, length, n_keys)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.cache import Memory, Start
 from moeut_compose.blocks.stats import Stats
 
 Copies = dict[str, Tensor]
@@ -50,8 +50,8 @@ class Call(NamedTuple):
 
     repeat: int = 0
     """The pass over its stage, from 0."""
-    start: int = 0
-    """Position of the first new token."""
+    start: Start = 0
+    """Position of the first new token, or of that of each sequence."""
     alive: Alive | None = None
     """Who runs; None for everyone."""
     copies: Copies | None = None
@@ -102,11 +102,11 @@ class Position(nn.Module, ABC):
         """Compute buffers that no checkpoint holds; nothing to do by default."""
 
     @abstractmethod
-    def rotate(self, x: Tensor, start: int) -> Tensor:
+    def rotate(self, x: Tensor, start: Start) -> Tensor:
         """Queries or keys `[B, H, T, d_head]` at positions `start, start + 1, ...`, transformed."""
 
     @abstractmethod
-    def bias(self, query: Tensor, start: int, n_keys: int) -> Tensor | None:
+    def bias(self, query: Tensor, start: Start, n_keys: int) -> Tensor | None:
         """Scores `[B, H, T, n_keys]` to add before the softmax, or None. Queries stand from `start` on."""
 
 

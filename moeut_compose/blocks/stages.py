@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeut_compose.blocks.cache import Memory
+from moeut_compose.blocks.cache import Memory, Start
 from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
 from moeut_compose.blocks.loops import Injection, StepEmbedding
@@ -61,7 +61,7 @@ class Stage(nn.Module):
             layer.reset_parameters(scale=scale)
 
     def forward(
-        self, x: Tensor, *, start: int = 0, past: Sequence[Memory] = (), remember: bool = True
+        self, x: Tensor, *, start: Start = 0, past: Sequence[Memory] = (), remember: bool = True
     ) -> StageRun:
         """Run all applications on `x [B, T, D]`; `past` has one memory per application, or is empty.
 

@@ -13,11 +13,12 @@ from moeut_compose.cli.browse import ls, show
 from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.doctor import doctor
 from moeut_compose.cli.failures import Commands
+from moeut_compose.cli.generate import generate
 from moeut_compose.cli.interchange import import_
 from moeut_compose.cli.memory import memory
 from moeut_compose.cli.run import train
 from moeut_compose.cli.sweep import sweep
-from moeut_compose.cli.use import evaluate, generate
+from moeut_compose.cli.use import evaluate
 from moeut_compose.cli.versus import compare, match
 
 app = typer.Typer(

@@ -1,10 +1,15 @@
-"""`bench`: how fast training steps and expert products are on this machine."""
+"""`bench`: how fast training steps, expert products and writing are on this machine."""
 
 from typing import Annotated
 
 import typer
 
-from moeut_compose.cli.arguments import JsonOption, SpecsArgument, architecture_overrides, specs_and_overrides
+from moeut_compose.cli.arguments import (
+    JsonOption,
+    SpecsArgument,
+    architecture_overrides,
+    specs_and_overrides,
+)
 from moeut_compose.cli.failures import complain, wrong_usage
 from moeut_compose.cli.output import print_json, print_table
 from moeut_compose.spec.io import load_spec
@@ -77,3 +82,74 @@ def step(
     print_table(
         ["model", "ms", "spread", "to the first", "tokens/s", "model TFLOP/s", "peak GiB", "expected"], rows
     )
+
+
+@bench.command()
+def decode(
+    specs: SpecsArgument,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Sequences side by side.")] = "1,64",
+    tokens: Annotated[int, typer.Option(metavar="N", min=32, help="Tokens to write.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to read before.")] = 64,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")] = 0,
+    modules: Annotated[
+        bool,
+        typer.Option("--modules", help="Run the modules themselves where kernels for a few tokens would do."),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time reading prompts and writing after them, beside the bound that memory traffic sets.
+
+    Random weights in 16 bits on a GPU, random prompts. **Example**
+
+    - `moeut-compose bench decode moeut_244m --batch 1,64`
+    """
+    batches = [int(part) if part.isdecimal() else 0 for part in batch.split(",")]
+    if min(batches) < 1:
+        raise wrong_usage(f"--batch {batch}: write numbers from 1 on with commas between them")
+    names, overrides = specs_and_overrides(specs)
+    models = [load_spec(name, architecture_overrides(overrides)) for name in names]
+    from moeut_compose.bench.decode import measure_decode
+    from moeut_compose.generate import Sampling
+    from moeut_compose.progress import make_reporter
+    from moeut_compose.train.device import choose_device
+
+    timings = [
+        timing
+        for model in models
+        for timing in measure_decode(
+            model,
+            batches=batches,
+            prompt_tokens=prompt_tokens,
+            new_tokens=tokens,
+            device=choose_device(device),
+            sampling=Sampling(temperature=temperature),
+            fused=not modules,
+            reporter=make_reporter(),
+        )
+    ]
+    if as_json:
+        print_json([timing.to_dict() for timing in timings])
+        return
+    graphed = ", one CUDA graph a token" if timings[0].is_graphed else ""
+    print(f"{timings[0].device}, {timings[0].dtype}{graphed}; {prompt_tokens} tokens read, {tokens} written")
+    rows = [
+        [
+            timing.name,
+            "fused" if timing.is_fused else "modules",
+            str(timing.batch),
+            f"{timing.prefill_tokens_per_second:,.0f}",
+            f"{timing.step_ms:.3f}",
+            f"{timing.step_ms_low:.3f}-{timing.step_ms_high:.3f}",
+            f"{timing.tokens_per_second:,.0f}",
+            f"{(timing.weight_bytes + timing.cache_bytes) / 1e6:,.0f}",
+            *_beside_bound(timing.tokens_per_second, timing.bound_tokens_per_second),
+        ]
+        for timing in timings
+    ]
+    header = ["model", "kernels", "batch", "read tokens/s", "ms a step", "spread", "tokens/s"]
+    print_table([*header, "MB a step", "bound", "of bound"], rows, n_text_columns=2)
+
+
+def _beside_bound(speed: float, bound: float | None) -> list[str]:
+    return ["n/a", "n/a"] if bound is None else [f"{bound:,.0f}", f"{speed / bound:.0%}"]

@@ -1,6 +1,6 @@
-"""`evaluate` and `generate`: what a trained run can do."""
+"""`evaluate`: how good a trained run is."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,9 +20,6 @@ from moeut_compose.cli.zero_shot import (
     results_document,
 )
 from moeut_compose.evaluate.tasks import TASKS
-
-if TYPE_CHECKING:
-    pass
 
 PERPLEXITY = "perplexity"
 TASK_NAMES = (PERPLEXITY, *TASKS)
@@ -102,67 +99,3 @@ def _print_perplexity(name: str, result: "dict[str, float | int]") -> None:
     print(f"perplexity     {result['perplexity']:.3f}")
     print(f"cross entropy  {result['cross_entropy']:.4f} nats per token")
     print(f"bits per byte  {result['bits_per_byte']:.4f}")
-
-
-def generate(
-    run: RunArgument,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=0)] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among tokens of this joint probability.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Let a trained run continue a text.
-
-    **Example**
-
-    - `moeut-compose generate runs/20260101-120000-moeut_tiny --prompt "The sea" --temperature 0.7`
-    """
-    import_torch()
-    path = find_run(run)
-    from moeut_compose.generate import generate as write
-
-    loaded = open_run(path, device)
-    try:
-        text = write(
-            loaded.model,
-            loaded.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stream=_ignore if as_json else _say,
-        )
-    except ValueError as error:
-        raise wrong_usage(str(error)) from None
-    if as_json:
-        print_json(
-            {
-                "name": loaded.spec.name,
-                "run": str(loaded.path),
-                "step": loaded.step,
-                "prompt": prompt,
-                "text": text,
-            }
-        )
-    else:
-        print()
-
-
-def _say(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _ignore(text: str) -> None:
-    pass

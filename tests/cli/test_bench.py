@@ -24,3 +24,38 @@ def test_a_graph_needs_a_gpu(cli: Callable[..., Result]) -> None:
     result = cli("bench", "step", "dense_tiny", "--cuda-graph", "--device", "cpu")
     assert result.exit_code == 2
     assert "needs a CUDA device" in result.stderr
+
+
+def test_decoding_is_measured_beside_its_bound(cli_json: Callable[..., Any]) -> None:
+    sizes = ["--batch", "1,3", "--tokens", "32", "--prompt-tokens", "4", "--device", "cpu"]
+    small = cli_json("bench", "decode", "moeut_tiny", *sizes)
+    assert [(timing["batch"], timing["dtype"], timing["is_graphed"]) for timing in small] == [
+        (1, "float32", False),
+        (3, "float32", False),
+    ]
+    for timing in small:
+        assert timing["step_ms_low"] <= timing["step_ms"] <= timing["step_ms_high"]
+        assert timing["is_fused"]
+        assert timing["bound_tokens_per_second"] is None
+    # one token reads 2 of 4 attention experts a head and 8 of 96 others, three applications of each layer
+    layer = 2 * 128 * 128 + 2 * 16 * 128 + 4 * 128 + 8 * 2 * 128 * 32 + 96 * 128 + 8 * 2 * 128 * 32
+    assert small[0]["weight_bytes"] == 4 * (6 * layer + 2048 * 128 + 2048 + 2 * 128 + 128)
+    assert small[0]["cache_bytes"] == 4 * 6 * 2 * 128 * (4 + 16)
+
+
+def test_decoding_for_people(cli: Callable[..., Result]) -> None:
+    sizes = ["--batch", "2", "--tokens", "32", "--prompt-tokens", "4", "--device", "cpu"]
+    result = cli("bench", "decode", "dense_tiny", "sut_tiny", "stages.0.repeats=1", *sizes)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[2:]] == [
+        ["dense_tiny", "fused", "2"],
+        ["sut_tiny", "modules", "2"],
+    ]
+    assert all(line.endswith("n/a       n/a") for line in lines[2:])
+
+
+def test_batches_are_numbers(cli: Callable[..., Result]) -> None:
+    result = cli("bench", "decode", "moeut_tiny", "--batch", "1,x")
+    assert result.exit_code == 2
+    assert "--batch 1,x" in result.stderr

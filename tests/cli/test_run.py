@@ -243,3 +243,43 @@ def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -
     while not happened():
         assert process.poll() is None, "the process ended early"
         time.sleep(0.05)
+
+
+def test_a_file_of_prompts_gives_each_what_it_gives_alone(trained: Path, cli, cli_json) -> None:
+    Path("prompts.txt").write_text("The sea\n\nA long time ago, in the house\n")
+    Path("prompts.jsonl").write_text('{"prompt": "The sea"}\n"A long time ago, in the house"\n')
+    settings = ["--max-new-tokens", "5", "--min-p", "0.01", "--repetition-penalty", "1.1", "--device", "cpu"]
+    result = cli("generate", str(trained), "--prompts", "prompts.txt", "--json", *settings)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [list(line) for line in lines] == [["prompt", "text", "tokens", "seed", "end"]] * 2
+    for index, line in enumerate(lines):
+        alone = cli_json(
+            "generate", str(trained), "--prompt", line["prompt"], "--seed", str(index), *settings
+        )
+        assert line["text"] == alone["text"]
+    again = cli("generate", str(trained), "--prompts", "prompts.jsonl", "--batch-size", "1", *settings)
+    assert again.stdout == "".join(f"{line['text']}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prompts", "nowhere.txt"], 1, "nowhere.txt: no such file or directory"),
+        (
+            ["--prompts", "bad.jsonl"],
+            1,
+            'bad.jsonl:2: neither a text nor an object with a text named "prompt"',
+        ),
+        (["--prompts", "worse.jsonl"], 1, "worse.jsonl:1: not JSON (Expecting value)"),
+        (["--prompts", "bad.jsonl", "--prompt", "x"], 2, "give --prompt or --prompts, not both"),
+        (["--min-p", "2"], 2, "min_p=2.0 must lie between 0 and 1"),
+        (["--fast", "--device", "cpu"], 2, "--fast needs a CUDA device"),
+    ],
+)
+def test_generate_refuses_in_one_line(
+    trained: Path, cli, arguments: list[str], code: int, message: str
+) -> None:
+    Path("bad.jsonl").write_text('"fine"\n[1]\n')
+    Path("worse.jsonl").write_text("nothing\n")
+    result = cli("generate", str(trained), *arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"error: {message}\n")
