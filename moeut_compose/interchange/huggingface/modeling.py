@@ -66,27 +66,55 @@ class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Predict the token after each of `input_ids [B, T]`.
 
-        `labels [B, T]` are the ids themselves, -100 where a token does not count; they are shifted here. Raises
-        ValueError for a cache of another kind than `DynamicCache`.
+        `attention_mask [B, S]` is zero where earlier positions and `input_ids` are filled up, on either side. `labels
+        [B, T]` are the ids themselves, -100 where a token does not count; they are shifted here. Raises ValueError for
+        a cache of another kind than `DynamicCache` and for a mask of another length.
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache = None if past_key_values is None else recall(past_key_values)
-        out = self.model(input_ids, cache=cache)
+        back = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            order, cache = tokens_first(attention_mask, cache, n_new=input_ids.shape[1])
+            input_ids, back = input_ids.gather(1, order), order.argsort(1)
+        last = None
+        if logits_to_keep == 1 and labels is None:
+            ends = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] - 1)
+            last = ends if back is None else back[:, -1]
+        out = self.model(input_ids, cache=cache, logits_at=last)
         if past_key_values is not None:
             remember_all(past_key_values, out.cache)
+        logits = out.logits
+        if back is not None and last is None:
+            logits = logits.take_along_dim(back[:, :, None], 1)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
             loss = loss + sum(out.losses.values())
-        logits = out.logits[:, -logits_to_keep:] if logits_to_keep else out.logits
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits[:, -logits_to_keep:], past_key_values=past_key_values
+        )
+
+
+def tokens_first(mask: Tensor, cache: Cache | None, *, n_new: int) -> tuple[Tensor, Cache | None]:
+    """Texts of unequal length as the model takes them: tokens first, and what fills them up behind.
+
+    The order `[B, T]` of the new positions, and the cache with room behind the tokens of each text. Nobody attends to
+    what lies behind, and every text has the positions that it would have alone.
+    """
+    n_seen = 0 if cache is None else int(cache.length)
+    if mask.shape[1] != n_seen + n_new:
+        raise ValueError(f"attention_mask has length {mask.shape[1]}, not {n_seen} cached + {n_new} new positions")
+    order = (mask[:, n_seen:] != 0).long().argsort(dim=1, descending=True, stable=True)
+    if cache is None or n_seen == 0:
+        return order, cache
+    return order, cache.with_room((mask[:, :n_seen] != 0).sum(1), n_seen + n_new)
 
 
 def recall(past: KeyValueCache) -> Cache:
     """What a cache of `transformers` holds, as our model takes it. Raises ValueError for other kinds of cache."""
     if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
-        raise ValueError(f"past_key_values must be a plain DynamicCache, got {type(past).__name__}")
+        raise ValueError(f"past_key_values must be a DynamicCache of full attention, got {type(past).__name__}")
     if past.get_seq_length() == 0:
         return Cache()
     return Cache(past.get_seq_length(), tuple((layer.keys, layer.values) for layer in past.layers))
