@@ -13,7 +13,7 @@ from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.doctor import doctor
 from moeut_compose.cli.failures import Commands
 from moeut_compose.cli.generate import generate
-from moeut_compose.cli.interchange import import_
+from moeut_compose.cli.interchange import export, import_
 from moeut_compose.cli.run import train
 from moeut_compose.cli.use import evaluate
 from moeut_compose.cli.versus import compare, match
@@ -59,6 +59,7 @@ def main(
 
 for command in (ls, show, new, validate, schema, params, macs, match, train, evaluate, generate, compare):
     app.command()(command)
+app.command()(export)
 app.command("import")(import_)
 app.command()(doctor)
 app.add_typer(bench, name="bench")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache as KeyValueCache
@@ -14,6 +16,9 @@ from moeut_compose.blocks.roles import Position
 from moeut_compose.build import build_model
 from moeut_compose.interchange.huggingface.configuration import MoeutComposeConfig
 from moeut_compose.spec.model import ModelSpec
+
+UNSUPPORTED = ("inputs_embeds", "position_ids", "token_type_ids")
+"""What callers of `transformers` may pass, and what would be wrong to ignore."""
 
 
 class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -62,14 +67,18 @@ class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the token after each of `input_ids [B, T]`.
 
         `attention_mask [B, S]` is zero where earlier positions and `input_ids` are filled up, on either side. `labels
         [B, T]` are the ids themselves, -100 where a token does not count; they are shifted here. Raises ValueError for
-        a cache of another kind than `DynamicCache` and for a mask of another length.
+        a cache of another kind than `DynamicCache`, a mask of another length, and inputs that this model has no place
+        for; positions are those of the text, without what fills it up.
         """
+        for name in UNSUPPORTED:
+            if others.get(name) is not None:
+                raise ValueError(f"{name} has no place in this model")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache = None if past_key_values is None else recall(past_key_values)
@@ -89,7 +98,8 @@ class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits.take_along_dim(back[:, :, None], 1)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            n_items = others.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=n_items)
             loss = loss + sum(out.losses.values())
         return CausalLMOutputWithPast(
             loss=loss, logits=logits[:, -logits_to_keep:], past_key_values=past_key_values
