@@ -55,7 +55,9 @@ def export(
         return
     difference = f"{result.relative_difference:.1e} of the largest (tolerance {result.tolerance:.0e})"
     print(f"{result.folder}: {loaded.spec.name} at step {loaded.step:,}")
-    print(f"checked with transformers {result.transformers}: logits differ by {difference}, same tokens written,")
+    print(
+        f"checked with transformers {result.transformers}: logits differ by {difference}, same tokens written,"
+    )
     print(f"same ids for {result.n_texts} texts")
 
 

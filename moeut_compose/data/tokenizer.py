@@ -72,7 +72,9 @@ class Tokenizer:
     def control_pieces(self) -> dict[str, tuple[str, int]]:
         """The pieces for `unk`, `bos`, `eos` and `pad`, as far as there are any, and their ids."""
         ids = {name: getattr(self._processor, f"{name}_id")() for name in ("unk", "bos", "eos", "pad")}
-        return {name: (self._processor.id_to_piece(index), index) for name, index in ids.items() if index >= 0}
+        return {
+            name: (self._processor.id_to_piece(index), index) for name, index in ids.items() if index >= 0
+        }
 
     def encode(self, text: str) -> list[int]:
         """Ids of one document."""

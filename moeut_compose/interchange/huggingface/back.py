@@ -47,7 +47,9 @@ class Exported:
         """The model with the weights of the folder. Raises `CheckpointError` if they do not fit."""
         weights = read_weights(self.folder)
         model = build_model(self.spec, init=False)
-        copy_weights({name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}, model, self.folder)
+        copy_weights(
+            {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}, model, self.folder
+        )
         return model
 
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 from moeut_compose import __version__
 from moeut_compose.interchange.huggingface.source import (
     HERE,
+    PACKAGES,
     Mention,
     Module,
     Statement,
@@ -123,6 +124,20 @@ class Bundle:
             yield node
             waiting += [child for child in ast.iter_child_nodes(node) if not is_left_out(child)]
 
+    def _local_names(self, statement: Statement) -> set[str]:
+        """Parameters and variables anywhere inside."""
+        nodes = list(self._nodes(statement))
+        stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        return stored | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+    def _check_imports(self, statement: Statement) -> None:
+        """Raises ValueError for an import of ours that would be left inside a function."""
+        for node in self._nodes(statement):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                if any(str(name).partition(".")[0] in PACKAGES for name in names):
+                    raise ValueError(f"{statement.module.name}: exported code cannot `{ast.unparse(node)}`")
+
     def _mentions(self, statement: Statement) -> Iterator[Mention]:
         for part in self._parts(statement):
             yield from statement.module.mentions(part)
@@ -170,14 +185,16 @@ class Bundle:
             for statement in self._statements(module):
                 used = (part.id for part in self._nodes(statement) if isinstance(part, ast.Name))
                 imports |= {module.external[name] for name in used if name in module.external}
+                self._check_imports(statement)
                 text = self._text(statement)
                 chunks += [] if text in chunks else [text]
             if module in last_kernel:
                 chunks.append(self._optional_package())
                 imports.add("from types import SimpleNamespace")
-        return (
-            HEADER + "\n".join(sorted(imports, key=_import_order)) + "\n\n\n" + "\n\n\n".join(chunks) + "\n"
-        )
+        clash = {line.rpartition(" ")[2] for line in imports} & set(self.names.values())
+        if clash:
+            raise ValueError(f"names both imported and defined: {', '.join(sorted(clash))}")
+        return HEADER + grouped(imports) + "\n\n\n" + "\n\n\n".join(chunks) + "\n"
 
     def _optional_package(self) -> str:
         """The kernels by the name that modules import them under, from the package if it is installed."""
@@ -188,10 +205,14 @@ class Bundle:
         """The source of a statement, without what is left out, under the names of the file."""
         lines = Lines(statement.module.text)
         edits = [(*lines.whole(part, part), "") for part in self._surplus(statement)]
-        edits += [(*lines.whole(part, part), "") for part in ast.walk(statement.node) if is_left_out(part)]
+        inner = (part for part in ast.walk(statement.node) if isinstance(part, ast.stmt))
+        edits += [(*lines.whole(part, part), "") for part in inner if is_left_out(part)]
         for expression, symbol in self._mentions(statement):
             if symbol[0] != OPTIONAL:
-                edits.append((*lines.span(expression), self.names[home(*symbol)]))
+                name = self.names[home(*symbol)]
+                if name != getattr(expression, "id", None) and name in self._local_names(statement):
+                    raise ValueError(f"{statement.module.name}: {name} would mean a local variable")
+                edits.append((*lines.span(expression), name))
         if isinstance(statement.node, ast.FunctionDef | ast.ClassDef) and statement.names:
             name = self.names[statement.module.name, statement.node.name]
             edits.append((*lines.name(statement.node), name))
@@ -213,10 +234,11 @@ class Lines:
             self.starts[node.end_lineno - 1] + node.end_col_offset,
         )
 
-    def whole(self, first: ast.AST, last: ast.AST) -> tuple[int, int]:
+    def whole(self, first: ast.stmt, last: ast.stmt) -> tuple[int, int]:
         """The lines of statements, with decorators."""
         decorators = getattr(first, "decorator_list", [])
         begin = min(node.lineno for node in (first, *decorators))
+        assert last.end_lineno is not None
         return self.starts[begin - 1], self.starts[last.end_lineno]
 
     def name(self, node: ast.FunctionDef | ast.ClassDef) -> tuple[int, int]:
@@ -228,13 +250,23 @@ class Lines:
         """The text between two places after the edits, without gaps where lines were taken out."""
         text = b""
         for first, last, new in sorted(set(edits)):
+            assert first >= start, "edits overlap"
             text += self.text[start:first] + new.encode()
             start = last
         return re.sub(r"\n{3,}", "\n\n", (text + self.text[start:end]).decode()).rstrip()
 
 
-def _import_order(line: str) -> tuple[bool, bool, str]:
-    return line.startswith("from ."), line.startswith("from"), line
+def grouped(imports: Iterable[str]) -> str:
+    """Import statements, one for each module: whole modules, names of others, names of the file beside."""
+    whole = sorted(line for line in imports if line.startswith("import "))
+    names: dict[str, set[str]] = {}
+    for line in imports:
+        if line.startswith("from "):
+            origin, _, name = line.partition(" import ")
+            names.setdefault(origin, set()).add(name)
+    parts = [f"{origin} import {', '.join(sorted(names[origin]))}" for origin in sorted(names)]
+    parts.sort(key=lambda part: part.startswith("from ."))
+    return "\n".join([*whole, *parts])
 
 
 def undefined_names(text: str) -> set[str]:

@@ -137,12 +137,13 @@ def sizes(spec: ModelSpec) -> dict[str, str]:
 
 def training(run: Run, recipe: RecipeSpec) -> dict[str, str]:
     """How it was trained: what the recipe says."""
-    tokens = run.step * recipe.batch.size * run.context
+    n_tokens = run.step * recipe.batch.size * run.context
+    budget = f"{n_tokens:,} in {run.step:,} steps of {recipe.batch.size} × {run.context:,}"
     data = recipe.data
     origin = f" ({data.dataset})" if isinstance(data, HuggingFaceData) else ""
     return {
         "data": f"{data.kind}{origin}",
-        "tokens": f"{tokens:,} in {run.step:,} steps of {recipe.batch.size} × {run.context:,}",
+        "tokens": budget if run.step else "not recorded",
         "optimiser": f"{recipe.optimizer.kind}, peak rate {recipe.optimizer.lr:g}, "
         f"weight decay {recipe.optimizer.weight_decay:g}",
         "schedule": recipe.schedule.kind,
@@ -170,7 +171,9 @@ def last_validation(run: Run) -> dict[str, Any] | None:
     """The row of the metrics with the validation at this step."""
     path = run.path / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [row for row in map(read_json, lines) if row.get("event") == "validation" and row["step"] == run.step]
+    rows = [
+        row for row in map(read_json, lines) if row.get("event") == "validation" and row["step"] == run.step
+    ]
     return rows[-1] if rows else None
 
 

@@ -1,7 +1,7 @@
 """Load an export as a stranger would and compare it with what the exporter saw.
 
-Run as a program of its own, `python check.py FOLDER EXPECTED`, in an environment that has `transformers` and,
-to prove that the folder stands alone, may not import this package. Prints one JSON document.
+Run as a program of its own, `python check.py FOLDER EXPECTED RESULT`, in an environment that has `transformers`
+and, to prove that the folder stands alone, may not import this package. RESULT is a JSON document.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def check_model(model: Any, expected_file: Path, n_new: int) -> dict[str, Any]:
     difference = float((logits - expected["logits"]).abs().max()) / max(largest, 1e-30)
     result = {"relative_difference": difference, "tolerance": TOLERANCE, "problem": None}
     if not difference <= TOLERANCE:  # not a number is a difference too
-        return result | {"problem": f"logits differ by {difference:.1e} of the largest, beyond {TOLERANCE:.0e}"}
+        return result | {
+            "problem": f"logits differ by {difference:.1e} of the largest, beyond {TOLERANCE:.0e}"
+        }
     model.generation_config.eos_token_id = None
     prompt = expected["ids"]
     written = model.generate(
@@ -72,4 +74,5 @@ def check_tokenizer(folder: Path, texts: list[dict[str, Any]]) -> dict[str, Any]
 if __name__ == "__main__":
     for package in HIDDEN:
         sys.modules[package] = None  # type: ignore[assignment]  # as if it were not installed
-    print(json.dumps(check(Path(sys.argv[1]), Path(sys.argv[2]))))
+    folder, expected, result = map(Path, sys.argv[1:])
+    result.write_text(json.dumps(check(folder, expected)), encoding="utf-8")

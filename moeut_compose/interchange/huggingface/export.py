@@ -97,7 +97,9 @@ def require_transformers() -> None:
     try:
         found = version("transformers")
     except PackageNotFoundError:
-        raise ExportError(f"this needs transformers 5, which is not installed: pip install '{EXTRA}'") from None
+        raise ExportError(
+            f"this needs transformers 5, which is not installed: pip install '{EXTRA}'"
+        ) from None
     if int(found.partition(".")[0]) < 5:
         raise ExportError(f"this needs transformers 5, and {found} is installed: pip install '{EXTRA}'")
 
@@ -113,12 +115,13 @@ def check_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None
             "HF_MODULES_CACHE": str(Path(scratch, "modules")),
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        command = [sys.executable, "-P", check.__file__, str(folder), str(expected)]
+        answer = Path(scratch, "result.json")
+        command = [sys.executable, "-P", check.__file__, str(folder), str(expected), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ExportError(f"transformers cannot load the export: {last}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ExportError(f"transformers cannot load the export: {last}")
+        result = json.loads(answer.read_text(encoding="utf-8"))
     problem = result.pop("problem")
     if problem is not None:
         raise ExportError(f"the export differs from the run: {problem}")

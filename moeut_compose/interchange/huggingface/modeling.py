@@ -36,6 +36,8 @@ class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MoeutComposeConfig) -> None:
         super().__init__(config)
+        if config.architecture is None:
+            raise ValueError("the configuration describes no architecture")
         place = torch.empty(0).device
         seed = 0 if place.type == "meta" else int(torch.randint(2**31, ()))
         spec = ModelSpec(**config.architecture)
@@ -114,7 +116,9 @@ def tokens_first(mask: Tensor, cache: Cache | None, *, n_new: int) -> tuple[Tens
     """
     n_seen = 0 if cache is None else int(cache.length)
     if mask.shape[1] != n_seen + n_new:
-        raise ValueError(f"attention_mask has length {mask.shape[1]}, not {n_seen} cached + {n_new} new positions")
+        raise ValueError(
+            f"attention_mask has length {mask.shape[1]}, not {n_seen} cached + {n_new} new positions"
+        )
     order = (mask[:, n_seen:] != 0).long().argsort(dim=1, descending=True, stable=True)
     if cache is None or n_seen == 0:
         return order, cache
@@ -124,7 +128,9 @@ def tokens_first(mask: Tensor, cache: Cache | None, *, n_new: int) -> tuple[Tens
 def recall(past: KeyValueCache) -> Cache:
     """What a cache of `transformers` holds, as our model takes it. Raises ValueError for other kinds of cache."""
     if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
-        raise ValueError(f"past_key_values must be a DynamicCache of full attention, got {type(past).__name__}")
+        raise ValueError(
+            f"past_key_values must be a DynamicCache of full attention, got {type(past).__name__}"
+        )
     if past.get_seq_length() == 0:
         return Cache()
     return Cache(past.get_seq_length(), tuple((layer.keys, layer.values) for layer in past.layers))

@@ -33,7 +33,8 @@ class Operator:
         """Let `backward` be the derivative."""
         parts = {"forward": self.body, "setup_context": setup_context, "backward": backward}
         methods = {name: staticmethod(part) for name, part in parts.items()}
-        self.call = type("OperatorFunction", (torch.autograd.Function,), methods).apply
+        function: Any = type("OperatorFunction", (torch.autograd.Function,), methods)
+        self.call = function.apply
 
 
 def custom_op(
