@@ -128,15 +128,17 @@ def check_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None
     return {"n_texts": 0, **result}
 
 
-def write_expected(path: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> None:
+def write_expected(
+    path: Path, model: LanguageModel, tokenizer: Tokenizer | None, *, n_new: int = N_NEW
+) -> None:
     """What the run answers: tensors in `path`, texts in the JSON document beside it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.embedding.num_embeddings, (2, N_IDS), generator=generator)
     with torch.no_grad():
         logits = model(ids).logits
-    save_file({"ids": ids, "logits": logits, "written": greedy(model, ids, N_NEW)}, path)
+    save_file({"ids": ids, "logits": logits, "written": greedy(model, ids, n_new)}, path)
     texts = [] if tokenizer is None else [described(text, tokenizer) for text in TEXTS]
-    path.with_suffix(".json").write_text(json.dumps({"n_new": N_NEW, "texts": texts}), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps({"n_new": n_new, "texts": texts}), encoding="utf-8")
 
 
 def described(text: str, tokenizer: Tokenizer) -> dict[str, Any]:
