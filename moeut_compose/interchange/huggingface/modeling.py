@@ -52,8 +52,10 @@ class MoeutComposeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if isinstance(module, Position):
             module.fill_tables()
-        elif self.loads and module is not self:
-            raise ValueError(f"the checkpoint lacks weights of {type(module).__name__}")
+        elif self.loads:
+            weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if not all(getattr(weight, "_is_hf_initialized", False) for weight in weights):
+                raise ValueError(f"the checkpoint lacks weights of {type(module).__name__}")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -127,10 +129,12 @@ def tokens_first(mask: Tensor, cache: Cache | None, *, n_new: int) -> tuple[Tens
 
 def recall(past: KeyValueCache) -> Cache:
     """What a cache of `transformers` holds, as our model takes it. Raises ValueError for other kinds of cache."""
-    if not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers):
+    if type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers):
         raise ValueError(
             f"past_key_values must be a DynamicCache of full attention, got {type(past).__name__}"
         )
+    if past.offloading:
+        raise ValueError("past_key_values must stay on the device of the model, not be offloaded")
     if past.get_seq_length() == 0:
         return Cache()
     return Cache(past.get_seq_length(), tuple((layer.keys, layer.values) for layer in past.layers))

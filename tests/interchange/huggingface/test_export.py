@@ -188,6 +188,8 @@ def test_what_else_transformers_offers(
     assert 0 < sum(short) < len(short) == sum(long)
     assert once["fresh"] == pytest.approx(1.0, abs=0.05)
     assert "must be a DynamicCache" in once["static"]
+    assert "not be offloaded" in once["offloaded"]
+    assert "does not support" in once["checkpointing"]
     assert once["positions"] == "position_ids has no place in this model"
     assert "attention_mask has length 3" in once["mask"]
 

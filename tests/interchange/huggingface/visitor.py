@@ -123,6 +123,10 @@ def visit_once(check, folder):
         "greedy": alike(model, ids, {"max_new_tokens": 24}, {"max_new_tokens": 24, "use_cache": False}),
         "lookup": alike(model, ids[:1], {}, {"prompt_lookup_num_tokens": 2}),
         "static": error_of(lambda: model.generate(ids, cache_implementation="static", max_new_tokens=2)),
+        "offloaded": error_of(
+            lambda: model.generate(ids, cache_implementation="offloaded", max_new_tokens=2)
+        ),
+        "checkpointing": error_of(model.gradient_checkpointing_enable),
         "positions": error_of(lambda: model(ids, position_ids=ids)),
         "mask": error_of(lambda: model(ids, attention_mask=0 * ids[:, :3])),
         "fresh": fresh.model.embedding.weight.std().item() * config.hidden_size**0.5,
