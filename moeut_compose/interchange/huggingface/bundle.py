@@ -9,12 +9,8 @@ exported model calls (counting, validation, Triton) is left out.
 from __future__ import annotations
 
 import ast
-import builtins
-import re
-import symtable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate
 
 from moeut_compose import __version__
 from moeut_compose.interchange.huggingface.source import (
@@ -28,15 +24,13 @@ from moeut_compose.interchange.huggingface.source import (
     is_left_out,
     read,
 )
+from moeut_compose.interchange.huggingface.text import Lines, grouped, undefined_names
 
 ROOT = f"{HERE}.modeling"
 PRUNED = "moeut_compose.spec."
 """Modules whose classes keep only the methods that are called."""
 OPTIONAL = "moeut_kernels"
 """The package that is used in place of the copied code where it is installed."""
-
-Edit = tuple[int, int, str]
-"""A span of a text, from and to, and what stands there instead."""
 
 HEADER = f'''"""Language models of moeut-compose {__version__} for `transformers`.
 
@@ -191,9 +185,10 @@ class Bundle:
             if module in last_kernel:
                 chunks.append(self._optional_package())
                 imports.add("from types import SimpleNamespace")
-        clash = {line.rpartition(" ")[2] for line in imports} & set(self.names.values())
-        if clash:
-            raise ValueError(f"names both imported and defined: {', '.join(sorted(clash))}")
+        given = [*(line.rpartition(" ")[2] for line in imports), *set(self.names.values())]
+        twice = sorted({name for name in given if given.count(name) > 1})
+        if twice:
+            raise ValueError(f"names that mean two things: {', '.join(twice)}")
         return HEADER + grouped(imports) + "\n\n\n" + "\n\n\n".join(chunks) + "\n"
 
     def _optional_package(self) -> str:
@@ -217,76 +212,3 @@ class Bundle:
             name = self.names[statement.module.name, statement.node.name]
             edits.append((*lines.name(statement.node), name))
         return lines.edited(*lines.whole(statement.node, statement.last), edits)
-
-
-class Lines:
-    """A text in bytes, as the parser counts."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text.encode()
-        self.starts = [0, *accumulate(len(line) for line in self.text.splitlines(keepends=True))]
-
-    def span(self, node: ast.expr) -> tuple[int, int]:
-        """From where to where an expression goes."""
-        assert node.end_lineno is not None and node.end_col_offset is not None
-        return (
-            self.starts[node.lineno - 1] + node.col_offset,
-            self.starts[node.end_lineno - 1] + node.end_col_offset,
-        )
-
-    def whole(self, first: ast.stmt, last: ast.stmt) -> tuple[int, int]:
-        """The lines of statements, with decorators."""
-        decorators = getattr(first, "decorator_list", [])
-        begin = min(node.lineno for node in (first, *decorators))
-        assert last.end_lineno is not None
-        return self.starts[begin - 1], self.starts[last.end_lineno]
-
-    def name(self, node: ast.FunctionDef | ast.ClassDef) -> tuple[int, int]:
-        """The name that a definition gives."""
-        start = self.text.index(b" ", self.starts[node.lineno - 1] + node.col_offset) + 1
-        return start, start + len(node.name.encode())
-
-    def edited(self, start: int, end: int, edits: Iterable[Edit]) -> str:
-        """The text between two places after the edits, without gaps where lines were taken out."""
-        text = b""
-        for first, last, new in sorted(set(edits)):
-            assert first >= start, "edits overlap"
-            text += self.text[start:first] + new.encode()
-            start = last
-        return re.sub(r"\n{3,}", "\n\n", (text + self.text[start:end]).decode()).rstrip()
-
-
-def grouped(imports: Iterable[str]) -> str:
-    """Import statements, one for each module: whole modules, names of others, names of the file beside."""
-    whole = sorted(line for line in imports if line.startswith("import "))
-    names: dict[str, set[str]] = {}
-    for line in imports:
-        if line.startswith("from "):
-            origin, _, name = line.partition(" import ")
-            names.setdefault(origin, set()).add(name)
-    parts = [f"{origin} import {', '.join(sorted(names[origin]))}" for origin in sorted(names)]
-    parts.sort(key=lambda part: part.startswith("from ."))
-    return "\n".join([*whole, *parts])
-
-
-def undefined_names(text: str) -> set[str]:
-    """Names that a module reads and neither it nor Python defines."""
-    table = symtable.symtable(text, "modeling", "exec")
-    known = {
-        *dir(builtins),
-        "__name__",
-        *(
-            symbol.get_name()
-            for symbol in table.get_symbols()
-            if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
-        ),
-    }
-    return set(_globals(table)) - known
-
-
-def _globals(table: symtable.SymbolTable) -> Iterator[str]:
-    for symbol in table.get_symbols():
-        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module"):
-            yield symbol.get_name()
-    for child in table.get_children():
-        yield from _globals(child)

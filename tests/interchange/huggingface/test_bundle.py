@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from moeut_compose.interchange.huggingface import source
-from moeut_compose.interchange.huggingface.bundle import Bundle, modeling_source, undefined_names
+from moeut_compose.interchange.huggingface.bundle import Bundle, modeling_source
 from moeut_compose.interchange.huggingface.source import read
+from moeut_compose.interchange.huggingface.text import undefined_names
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_modules_become_one(package: Path) -> None:
         ),
         (
             "from math import pi as double\nfrom shelf import a\n\n\ndef f():\n    return a.double(double)\n",
-            "both imported",
+            "mean two things: double",
         ),
     ],
 )
