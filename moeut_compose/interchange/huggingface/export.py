@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moeut_compose.blocks.cache import Cache
@@ -74,19 +75,22 @@ def export_run(run: Run, destination: Path, *, reporter: Reporter | None = None)
     """
     reporter = reporter or SilentReporter()
     require_transformers()
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    place = destination.expanduser().resolve()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ExportError(f"{destination} is not empty; name another folder")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir()
         with reporter.task("writing the export", total=None):
             tokenizer = write_files(run, folder)
         with reporter.task("checking the export with transformers", total=None):
             result = check_folder(folder, run.model, tokenizer)
-        if destination.exists():
-            destination.rmdir()
-        folder.rename(destination)
+        if place.exists():
+            place.rmdir()
+        folder.rename(place)
+    except SafetensorError as error:
+        raise ExportError(f"cannot write {destination}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Export(destination, **result)
