@@ -80,4 +80,4 @@ class GravesACT(Halting[GravesState]):
     def finish(self, state: GravesState) -> Halted:
         end = state.weigh(1.0 - state.total, torch.ones_like(state.running))
         losses = {"act": self.weight * (end.passes + end.remainder).mean()} if self.training else {}
-        return Halted(end.mixed, losses, depth_stats(end.passes))
+        return Halted(end.mixed.to(state.hidden.dtype), losses, depth_stats(end.passes))

@@ -80,7 +80,8 @@ class StickBreaking(Halting[StickBreakingState]):
         if state.alive is None or state.mixed is None:
             return replace(state, hidden=hidden, context=hidden)
         alive = state.alive[..., None]
-        context = torch.where(alive == 0, state.context, state.mixed + alive * hidden)
+        mixture = (state.mixed + alive * hidden).to(hidden.dtype)
+        context = torch.where(alive == 0, state.context, mixture)
         return replace(state, hidden=hidden, context=context)
 
     def finish(self, state: StickBreakingState) -> Halted:

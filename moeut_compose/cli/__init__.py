@@ -14,7 +14,7 @@ from moeut_compose.cli.count import macs, params
 from moeut_compose.cli.doctor import doctor
 from moeut_compose.cli.failures import Commands
 from moeut_compose.cli.generate import generate
-from moeut_compose.cli.interchange import import_
+from moeut_compose.cli.interchange import export, import_
 from moeut_compose.cli.memory import memory
 from moeut_compose.cli.run import train
 from moeut_compose.cli.sweep import sweep
@@ -60,24 +60,15 @@ def main(
     """
 
 
-for command in (
-    ls,
-    show,
-    new,
-    validate,
-    schema,
-    params,
-    macs,
-    match,
-    train,
-    evaluate,
-    generate,
-    compare,
-    analyze,
-):
-    app.command()(command)
+COMMANDS = (
+    (ls, show, new, validate, schema),
+    (params, macs, memory, match),
+    (train, evaluate, generate, compare, analyze, sweep),
+    (export,),
+)
+for family in COMMANDS:
+    for command in family:
+        app.command()(command)
 app.command("import")(import_)
-app.command()(memory)
-app.command()(sweep)
 app.command()(doctor)
 app.add_typer(bench, name="bench")

@@ -69,6 +69,13 @@ class Tokenizer:
         known = (self._processor.bos_id(), self._processor.eos_id())
         return next((identity for identity in known if identity >= 0), None)
 
+    def control_pieces(self) -> dict[str, tuple[str, int]]:
+        """The pieces for `unk`, `bos`, `eos` and `pad`, as far as there are any, and their ids."""
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in ("unk", "bos", "eos", "pad")}
+        return {
+            name: (self._processor.id_to_piece(index), index) for name, index in ids.items() if index >= 0
+        }
+
     def encode(self, text: str) -> list[int]:
         """Ids of one document."""
         return self._processor.encode(_valid(text))

@@ -31,6 +31,7 @@ from moeut_compose.interchange.names import COUNTER, Origin, to_original, to_our
 from moeut_compose.interchange.unpickle import load_safely
 from moeut_compose.spec.io import dump_yaml, load_recipe
 from moeut_compose.spec.model import ModelSpec
+from moeut_compose.spec.recipe import RecipeSpec
 from moeut_compose.train import folder as run_folder
 from moeut_compose.train.checkpoint import copy_weights, save_checkpoint, weights_of
 from moeut_compose.train.errors import CheckpointError, RunNotFound
@@ -102,6 +103,29 @@ def import_checkpoint(original: Original, out: Path, *, tokenizer: Tokenizer | N
     model = model_of(original, spec)
     base, overrides = original.recipe
     recipe = load_recipe(base, [*overrides, f"name={original.name}", "description=Imported"])
+    write_run(
+        out,
+        spec=spec,
+        recipe=recipe,
+        model=model,
+        step=original.step,
+        tokenizer=tokenizer,
+        imported={"format": original.origin, "path": str(original.path.absolute())},
+    )
+    return spec
+
+
+def write_run(
+    out: Path,
+    *,
+    spec: ModelSpec,
+    recipe: RecipeSpec,
+    model: LanguageModel,
+    step: int,
+    tokenizer: Tokenizer | None,
+    imported: dict[str, str],
+) -> None:
+    """Write a run folder around a model that was trained elsewhere; `imported` says where it came from."""
     out.mkdir(parents=True, exist_ok=True)
     architecture = dump_yaml(spec)
     write_atomically(out / run_folder.RECIPE, dump_yaml(recipe).encode())
@@ -109,11 +133,8 @@ def import_checkpoint(original: Original, out: Path, *, tokenizer: Tokenizer | N
     run_folder.write_environment(out, [], torch.device("cpu"))
     if tokenizer is not None:
         tokenizer.save(out / run_folder.TOKENIZER)
-    meta = {"data": None, "imported": {"format": original.origin, "path": str(original.path.absolute())}}
-    save_checkpoint(
-        out, step=original.step, weights=weights_of(model), state={}, architecture=architecture, meta=meta
-    )
-    return spec
+    meta = {"data": None, "imported": imported}
+    save_checkpoint(out, step=step, weights=weights_of(model), state={}, architecture=architecture, meta=meta)
 
 
 def model_of(original: Original, spec: ModelSpec) -> LanguageModel:

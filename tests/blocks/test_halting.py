@@ -238,3 +238,14 @@ def test_moeut_halts_in_groups_of_two(halting: str) -> None:
     assert "stages.0.layers.1.feedforward.router.entropy" in out.losses
     (out.cross_entropy + sum(out.losses.values())).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("halting", [ACT, GRAVES])
+def test_low_precision_stays_low(halting: str) -> None:
+    """Sums of a rule are wider than the model; what layers and the head read must not be."""
+    once = ["vocab_size=50", "stages.0.layers.0.count=1", "stages.0.repeats=4"]
+    model = built(load_spec("dense_tiny", [*once, f"stages.0.halting={halting}"]))
+    wide = model(ids()).logits
+    narrow = model.bfloat16()(ids()).logits
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=0.05)
