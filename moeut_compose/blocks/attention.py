@@ -32,7 +32,7 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> 
     length, n_keys = query.shape[-2], key.shape[-2]
     bias = position.bias(query, start, n_keys)
     if bias is None and length == n_keys:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return _attend_causally(query, key, value)
     if bias is None and length == 1:
         return F.scaled_dot_product_attention(query, key, value)
     rows = torch.arange(start, start + length, device=query.device)
@@ -42,3 +42,14 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> 
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias.masked_fill(~visible, float("-inf"))
     )
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of a whole sequence to itself. Odd heads get zero channels: fast kernels want multiples of 8."""
+    width = query.shape[-1]
+    missing = -width % 8 if query.is_cuda and query.dtype.itemsize == 2 else 0
+    if not missing:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    query, key, value = (F.pad(part, (0, missing)) for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=width**-0.5)
+    return mixed[..., :width]

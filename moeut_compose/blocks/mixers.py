@@ -106,6 +106,10 @@ class SwitchHead(Mixer):
     def expert_weights(self) -> dict[str, Tensor]:
         return {} if self.n_experts == 1 else {"value": self.value, "output": self.output}
 
+    @property
+    def takes_padded(self) -> bool:
+        return True
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
         k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)

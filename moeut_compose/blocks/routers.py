@@ -85,6 +85,10 @@ class LinearRouter(BalancedRouter):
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(n_heads * n_experts, d_model))
 
+    @property
+    def n_choices(self) -> int:
+        return self.top_k
+
     def reset_parameters(self, *, scale: float) -> None:
         normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
 
@@ -196,6 +200,10 @@ class MLPRouter(BalancedRouter):
         self.n_sampled = n_sampled
         self.inner = nn.Linear(d_model, d_model)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+
+    @property
+    def n_choices(self) -> int:
+        return self.top_k
 
     def reset_parameters(self, *, scale: float) -> None:
         bound = 1.0 / math.sqrt(self.weight.shape[1])
