@@ -94,8 +94,11 @@ class LinearRouter(BalancedRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`, in the dtype of the product."""
-        columns = mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]]
-        return columns.reshape(*x.shape[:-1], self.n_heads, self.n_experts)
+        return self.by_head(mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]])
+
+    def by_head(self, columns: Tensor) -> Tensor:
+        """`[B, T, H, E]` of products `[B, T, H * E]` with the rows of the weight."""
+        return columns.reshape(*columns.shape[:-1], self.n_heads, self.n_experts)
 
     def logits(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`, in at least float32."""
@@ -136,8 +139,9 @@ class SigmoidRouter(LinearRouter):
         if self.attention:
             keep_row_deviations_(self.weight)
 
-    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
-        scores = self.scores(x)
+    def forward(self, x: Tensor, alive: Alive | None, columns: Tensor | None = None) -> Routing:
+        """Route `x [B, T, D]`, whose products with the rows of the weight may be known already: `columns`."""
+        scores = self.scores(x) if columns is None else self.by_head(columns)
         logits = at_least_float32(scores)
         if self.training and self.expert_dropout:
             candidates = self.hide(logits)
