@@ -57,4 +57,4 @@ def copy_for(weight: Tensor, cast: Tensor | None, dtype: torch.dtype, name: str)
 
 def widen(x: Tensor, width: int) -> Tensor:
     """Zero columns behind those of `x` [..., D] up to `width`, as its padded weight has zero rows."""
-    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+    return x if torch.jit.is_tracing() or x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))

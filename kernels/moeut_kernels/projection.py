@@ -85,7 +85,7 @@ def _project(
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
     out = op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x))[0]
-    return out if out.shape[-1] == width else out[..., :width]
+    return out if torch.jit.is_tracing() or out.shape[-1] == width else out[..., :width]
 
 
 def _check(

@@ -15,7 +15,6 @@ from torch import Tensor
 from moeut_kernels import activation as activations
 from moeut_kernels.deferral import plan_message
 from moeut_kernels.plan import TILE_ROWS, n_tiles
-from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import (
     accumulate,
     activate,
@@ -189,11 +188,10 @@ def backward(
     d_pre = grad.new_empty(0)
     if want_x or want_up or want_gate or want_b_up or hand_in:
         d_pre, dots = backward_hidden(grad, down, gate, hidden, pre, slots, tiles, top_k, activation)
-    with beside(x.device):
-        if want_down:
-            weight_gradient([hidden], [grad], [slots], [offsets], per_left=None, per_right=top_k, out=d_down)
-        if want_up:
-            weight_gradient([x], [d_pre], [slots], [offsets], per_left=top_k, per_right=None, out=d_up)
+    if want_down:
+        weight_gradient([hidden], [grad], [slots], [offsets], per_left=None, per_right=top_k, out=d_down)
+    if want_up:
+        weight_gradient([x], [d_pre], [slots], [offsets], per_left=top_k, per_right=None, out=d_up)
     if want_x:
         products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
         d_x = gather_sum(products, position, n_tokens, top_k)
@@ -206,7 +204,6 @@ def backward(
         d_b_up = segment_sum(d_pre, slots, offsets, per_row=None, dtype=b_up.dtype)
     if want_b_down:
         d_b_down = segment_sum(grad, slots, offsets, per_row=top_k, dtype=b_down.dtype, gate=gate)
-    join(x.device)
     message = plan_message(slots, offsets, hand_in)
     d_rows = d_pre if hand_in else grad.new_empty(0)
     return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, d_rows, grad.new_empty(0), *message

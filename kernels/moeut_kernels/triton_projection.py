@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import triton_pairs
-from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import grouped_rows, weight_gradient
 from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import offers
@@ -114,13 +113,8 @@ def _split_by_pairs(
         products=kept,
     )
     d_weight = torch.empty(master.shape if want_weight else 0, dtype=master.dtype, device=x.device)
-    with beside(x.device):
-        weight_gradient(
-            [x], [ordered], [slots], [offsets], per_left=2 * n_groups, per_right=None, out=d_weight
-        )
-    d_x = gather_sum(partial, None, x.shape[0], n_groups)
-    join(x.device)
-    return d_x, d_weight, dots
+    weight_gradient([x], [ordered], [slots], [offsets], per_left=2 * n_groups, per_right=None, out=d_weight)
+    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots
 
 
 def _merge_by_pairs(

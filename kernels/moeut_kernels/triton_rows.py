@@ -280,8 +280,8 @@ def _weight_gradient(
         tl.store(o_at, acc.to(out.dtype.element_ty), mask=high[:, None] & wide[None, :])
 
 
-MOST_PARTS = 4
-"""Tiles of a matrix that run before the next expert: with more, the gathered columns outgrow the cache."""
+MOST_PARTS = {"weight": 4, "weight_uses": 8}
+"""Tiles of 128 x 128 of a matrix that run before the next expert: with more, the gathered columns outgrow the cache."""
 
 
 def weight_gradient(
@@ -303,11 +303,12 @@ def weight_gradient(
     if swapped:
         lefts, rights, per_left, per_right, height, width = rights, lefts, per_right, per_left, width, height
     n_uses = len(lefts)
-    t = tile("weight" if n_uses == 1 else "weight_uses", lefts[0])
+    product = "weight" if n_uses == 1 else "weight_uses"
+    t = tile(product, lefts[0])
     most_rows, most_columns = (t.rows, t.columns) if height >= width else (t.columns, t.rows)
     n_rows, n_columns = block(height, most_rows), block(width, most_columns)
     n_parts = triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns)
-    most_parts = max(1, MOST_PARTS * 128 * 128 // (n_rows * n_columns))
+    most_parts = max(1, MOST_PARTS[product] * 128 * 128 // (n_rows * n_columns))
     group = next(size for size in range(min(most_parts, n_parts), 0, -1) if n_parts % size == 0)
     _weight_gradient[(group, n_experts, n_parts // group)](
         tuple(lefts), tuple(rights), gate, out, tuple(slots), tuple(offsets), per_left or 1, per_right or 1,
