@@ -259,6 +259,7 @@ def choose_backward(
 ) -> Tensor:
     """Body of `moeut::topk_backward`: the gradient of the logits, [R, width]."""
     n_rows, top_k = index.shape
+    d_gate, index, gate = d_gate.contiguous(), index.contiguous(), gate.contiguous()
     d_logits = torch.empty(n_rows, width, dtype=dtype, device=index.device)
     columns = triton.next_power_of_2(width)
     rows = _rows_at_once(columns)
