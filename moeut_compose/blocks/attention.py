@@ -45,9 +45,9 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: int) -> 
 
 
 def _attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of a whole sequence to itself. Odd heads get zero channels: fast kernels want multiples of 8."""
+    """Attention of a whole sequence to itself; odd heads get zero channels, as fast 16-bit kernels want them."""
     width = query.shape[-1]
-    missing = -width % 8 if query.is_cuda and query.dtype.itemsize == 2 else 0
+    missing = -width % 8 if query.dtype.itemsize == 2 else 0
     if not missing:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     query, key, value = (F.pad(part, (0, missing)) for part in (query, key, value))
