@@ -264,6 +264,9 @@ def parts() -> dict[str, Callable[[], object]]:
         "weight down": lambda: rows.weight_gradient(
             [hidden], [grad], [slots], [offsets], per_left=None, per_right=k, out=d_down
         ),
+        "weight_uses up": lambda: rows.weight_gradient(
+            [x] * 9, [hidden] * 9, [slots] * 9, [offsets] * 9, per_left=k, per_right=None, out=d_up
+        ),
         "routing attention": lambda: mk.plan(attention.indices[0], attention.n_experts, disjoint=True),
         "pair_narrow values": lambda: pairs.narrow(xa, values, *of_pairs[0], per_row=4, keep=True),
         "pair_wide outputs": lambda: pairs.wide(mixed, outputs, *of_pairs[1]),
@@ -305,6 +308,7 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (64, 64, 1024, 4, 4), (128, 64, 512, 8, 4), (64, 128, 512, 8, 2), (128, 32, 512, 8, 4), (64, 64, 512, 8, 3),
     ),
 }  # fmt: skip
+CANDIDATES["weight_uses"] = CANDIDATES["weight"]
 CANDIDATES["pair_narrow_backward"] = CANDIDATES["pair_narrow"]
 
 
