@@ -6,7 +6,8 @@ Differentiable `torch.library` ops with a plain PyTorch definition that is fast 
 from moeut_kernels.activation import ACTIVATIONS
 from moeut_kernels.backend import BACKENDS, backend, resolve, use_backend
 from moeut_kernels.casting import cast_weights
-from moeut_kernels.feedforward import expert_feedforward
+from moeut_kernels.deferral import Ticket
+from moeut_kernels.feedforward import expert_feedforward, feedforward_tickets
 from moeut_kernels.plan import Plan, plan
 from moeut_kernels.projection import expert_merge, expert_split
 from moeut_kernels.router import padded_logits, topk_sigmoid, topk_softmax
@@ -15,11 +16,13 @@ __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "Plan",
+    "Ticket",
     "backend",
     "cast_weights",
     "expert_feedforward",
     "expert_merge",
     "expert_split",
+    "feedforward_tickets",
     "padded_logits",
     "plan",
     "resolve",

@@ -259,10 +259,13 @@ def parts() -> dict[str, Callable[[], object]]:
         ),
         "walk dx": lambda: rows.ordered_rows(hidden, up, slots, tiles, transposed=True),
         "weight up": lambda: rows.weight_gradient(
-            x, hidden, slots, offsets, per_left=k, per_right=None, out=d_up
+            [x], [hidden], [slots], [offsets], per_left=k, per_right=None, out=d_up
         ),
         "weight down": lambda: rows.weight_gradient(
-            hidden, grad, slots, offsets, per_left=None, per_right=k, out=d_down
+            [hidden], [grad], [slots], [offsets], per_left=None, per_right=k, out=d_down
+        ),
+        "weight_uses up": lambda: rows.weight_gradient(
+            [x] * 9, [hidden] * 9, [slots] * 9, [offsets] * 9, per_left=k, per_right=None, out=d_up
         ),
         "routing attention": lambda: mk.plan(attention.indices[0], attention.n_experts, disjoint=True),
         "pair_narrow values": lambda: pairs.narrow(xa, values, *of_pairs[0], per_row=4, keep=True),
@@ -275,7 +278,7 @@ def parts() -> dict[str, Callable[[], object]]:
             d_values, values, *of_pairs[0], transposed=True, products=kept
         ),
         "weight values": lambda: rows.weight_gradient(
-            xa, kept, routes[0].slots, routes[0].offsets, per_left=8, per_right=None, out=d_weight
+            [xa], [kept], [routes[0].slots], [routes[0].offsets], per_left=8, per_right=None, out=d_weight
         ),
     }
 
@@ -305,6 +308,7 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (64, 64, 1024, 4, 4), (128, 64, 512, 8, 4), (64, 128, 512, 8, 2), (128, 32, 512, 8, 4), (64, 64, 512, 8, 3),
     ),
 }  # fmt: skip
+CANDIDATES["weight_uses"] = CANDIDATES["weight"]
 CANDIDATES["pair_narrow_backward"] = CANDIDATES["pair_narrow"]
 
 

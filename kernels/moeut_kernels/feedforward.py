@@ -15,7 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from moeut_kernels import activation as activations
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
-from moeut_kernels.casting import compute_dtype, copy_for
+from moeut_kernels.casting import compute_dtype, copy_for, widen
+from moeut_kernels.deferral import Ticket, defer, plan_message
 from moeut_kernels.plan import Plan
 
 _OPERANDS = (
@@ -23,10 +24,13 @@ _OPERANDS = (
     "Tensor gate, Tensor? b_up, Tensor? b_down"
 )
 _ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles"
-_FORWARD = f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend) -> (Tensor, Tensor, Tensor)"
+_FORWARD = (
+    f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend, Tensor[] tickets)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 _BACKWARD = (
-    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, bool hand_in,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -41,6 +45,7 @@ def expert_feedforward(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     casts: tuple[Tensor, Tensor] | None = None,
+    tickets: tuple[Ticket, Ticket] | None = None,
 ) -> Tensor:
     """Send every token through its chosen experts and add their gated outputs.
 
@@ -48,7 +53,8 @@ def expert_feedforward(
 
     x: [N, D]. w_up: [E, D, F], [E, D, 2F] for gated activations (gate half first). w_down: [E, F, D2].
     gate: [N, 1, K]. b_up: [E, F] or [E, 2F]. b_down: [E, D2]. activation: one of `ACTIVATIONS`. Returns [N, D2] in the
-    dtype of x. casts: copies of float32 weights in the compute dtype, see `cast_weights`. Raises `ValueError` for an
+    dtype of x. casts: copies of float32 weights in the compute dtype, see `cast_weights`. tickets: of this use, see
+    `feedforward_tickets`; the weights then get their gradients from all uses at once. Raises `ValueError` for an
     unknown activation and for shapes that do not fit the plan.
     """
     if not torch.jit.is_tracing():
@@ -59,9 +65,35 @@ def expert_feedforward(
         copy_for(w_up, cast_up, x.dtype, "casts[0]"),
         copy_for(w_down, cast_down, x.dtype, "casts[1]"),
     )
+    width = w_down.shape[2]
+    x = widen(x, w_up.shape[1] if cast_up is None else cast_up.shape[1])
+    handed: list[Tensor] = []
+    if tickets is not None:
+        w_up, w_down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
+        w_up, w_down, cast_up, cast_down = w_up.detach(), w_down.detach(), None, None
+        handed = [part for ticket in tickets for part in ticket]
     operands = (x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return torch.ops.moeut.expert_feedforward(*operands, *plan.tensors, activation, save, resolve(x))[0]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*operands, *handed))
+    out = torch.ops.moeut.expert_feedforward(*operands, *plan.tensors, activation, save, resolve(x), handed)[
+        0
+    ]
+    return out if torch.jit.is_tracing() or out.shape[1] == width else out[:, :width]
+
+
+def feedforward_tickets(
+    w_up: Tensor, w_down: Tensor, n_uses: int, *, casts: tuple[Tensor, Tensor], n_tokens: int, top_k: int
+) -> list[tuple[Ticket, Ticket]]:
+    """Tickets of `n_uses` calls of `expert_feedforward` with these weights and `casts`, on `n_tokens` tokens each."""
+    n_slots, (up_cast, down_cast) = n_tokens * top_k, casts
+    up = defer(
+        w_up, n_uses, left=(n_tokens, up_cast.shape[1]), right=(n_slots, up_cast.shape[2]), dtype=up_cast.dtype,
+        n_slots=n_slots, per_left=top_k, per_right=None,
+    )  # fmt: skip
+    down = defer(
+        w_down, n_uses, left=(n_slots, down_cast.shape[1]), right=(n_tokens, down_cast.shape[2]),
+        dtype=down_cast.dtype, n_slots=n_slots, per_left=None, per_right=top_k,
+    )  # fmt: skip
+    return list(zip(up, down, strict=True))
 
 
 def _check(
@@ -123,7 +155,7 @@ def _forward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the kept hidden and pre-activation."""
-    *routing, activation, save, backend = rest
+    *routing, activation, save, backend, _ = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
@@ -144,7 +176,8 @@ def _forward(
 
 
 def _fake_forward(x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, index, slots, *rest):  # type: ignore[no-untyped-def]
-    activation, save, backend = rest[-3:]
+    activation, save, backend = rest[3:6]
+    w_up, w_down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     widths = saved_widths(activation, x.dtype, w_up.shape[2], w_down.shape[1], backend) if save else (0, 0)
     kept = (x.new_empty((slots.shape[0], width) if width else 0) for width in widths)
     return x.new_empty(x.shape[0], w_down.shape[2]), *kept
@@ -162,15 +195,18 @@ def _backward(
     b_down: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, w_up, w_down, gate, b_up, b_down; empty where not wanted."""
-    *routing, hidden, pre, activation, wants, backend = rest
+    """Gradients of x, w_up, w_down, gate, b_up, b_down, and what is handed in; empty where not wanted.
+
+    Handed in: the gradient of the pre-activation, the gated hidden (empty where it was kept), slots, offsets.
+    """
+    *routing, hidden, pre, activation, wants, hand_in, backend = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
 
-        dtypes = (w_up.dtype, w_down.dtype)
+        masters = (w_up, w_down)
         return triton_feedforward.backward(
-            grad, x, up, down, dtypes, gate, b_up, b_down, routing, hidden, pre, activation, wants
+            grad, x, up, down, masters, gate, b_up, b_down, routing, hidden, pre, activation, wants, hand_in
         )
     index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
@@ -183,9 +219,10 @@ def _backward(
     ordered = gate.reshape(-1).index_select(0, slots).to(grad.dtype).unsqueeze(1)
     d_rows = grad.index_select(0, tokens)
     hidden, pre = (hidden, hidden) if activation == "relu" else (activations.apply(activation, pre), pre)
-    needs_z = want_x or want_up or want_b_up
+    needs_z = want_x or want_up or want_b_up or hand_in
     if want_down:
         d_down = reference.grouped_outer(hidden * ordered, d_rows, offsets, backend).to(w_down.dtype)
+        d_down = d_down[:, : w_down.shape[1], : w_down.shape[2]].contiguous()
     if want_gate or needs_z:
         back = reference.grouped_rows(d_rows, down.transpose(1, 2), offsets, backend)
     if want_gate:
@@ -201,41 +238,58 @@ def _backward(
         )
     if want_up:
         d_up = reference.grouped_outer(x.index_select(0, tokens), d_z, offsets, backend).to(w_up.dtype)
+        d_up = d_up[:, : w_up.shape[1], : w_up.shape[2]].contiguous()
     if want_b_up:
         d_b_up = reference.segment_sum(d_z, offsets).to(b_up.dtype)
     if want_b_down:
         dense = reference.gate_matrix(gates, choices, w_down.shape[0]).to(grad.dtype)
         d_b_down = (dense.t() @ grad).to(b_down.dtype)
-    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down
+    message = (d_z, hidden * ordered) if hand_in else (grad.new_empty(0), grad.new_empty(0))
+    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, *message, *plan_message(slots, offsets, hand_in)
 
 
 def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, *rest):  # type: ignore[no-untyped-def]
-    sources = zip((x, w_up, w_down, gate, b_up, b_down), rest[-2], strict=True)
-    return tuple(
+    slots, offsets, wants, hand_in, backend = rest[1], rest[3], *rest[-3:]
+    sources = zip((x, w_up, w_down, gate, b_up, b_down), wants, strict=True)
+    gradients = (
         grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
         for source, wanted in sources
+    )
+    rows, d_pre, d_hidden = slots.shape[0], (w_up if cast_up is None else cast_up).shape[2], w_down.shape[1]
+    return (
+        *gradients,
+        grad.new_empty((rows, d_pre) if hand_in else 0),
+        grad.new_empty((rows, d_hidden) if hand_in and backend != "triton" else 0),
+        grad.new_empty(slots.shape if hand_in else 0, dtype=torch.float32),
+        grad.new_empty(offsets.shape if hand_in else 0, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.activation, _, ctx.backend = inputs
+    *tensors, ctx.activation, _, ctx.backend, tickets = inputs
+    ctx.n_tickets = len(tickets)
     ctx.save_for_backward(*tensors, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 16
+        return *(None,) * 16, [None] * ctx.n_tickets
     needs = ctx.needs_input_grad
+    hand_in = any(needs[16])
     wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
-    grads = torch.ops.moeut.expert_feedforward_backward(
-        grad, *ctx.saved_tensors, ctx.activation, wants, ctx.backend
+    *grads, d_pre, gated, slots, offsets = torch.ops.moeut.expert_feedforward_backward(
+        grad, *ctx.saved_tensors, ctx.activation, wants, hand_in, ctx.backend
     )
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (
         g if wanted else None for g, wanted in zip(grads, wants, strict=True)
     )
-    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8
+    messages: list[Tensor | None] = [None] * ctx.n_tickets
+    if hand_in:
+        x, hidden = ctx.saved_tensors[0], ctx.saved_tensors[13] if ctx.backend == "triton" else gated
+        messages = [x, d_pre, slots, offsets, hidden, grad, slots, offsets]
+    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages
 
 
 _op = torch.library.custom_op("moeut::expert_feedforward", _forward, mutates_args=(), schema=_FORWARD)
@@ -258,7 +312,7 @@ def _forward_flops(
 def _backward_flops(
     grad: Any, x: Any, w_up: Any, w_down: Any, cast_up: Any, cast_down: Any, gate: Any, *rest: Any, **__: Any
 ) -> int:
-    want_x, want_up, want_down, want_gate, want_b_up, _ = rest[-2]
+    want_x, want_up, want_down, want_gate, want_b_up, _ = rest[-3]
     n_up = int(want_x) + int(want_up)
-    n_down = int(want_down) + int(want_gate or want_x or want_up or want_b_up)
+    n_down = int(want_down) + int(want_gate or want_x or want_up or want_b_up or rest[-2])
     return 2 * math.prod(gate) * (n_up * w_up[1] * w_up[2] + n_down * w_down[1] * w_down[2])

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
-from moeut_kernels.casting import compute_dtype, copy_for
+from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.plan import Plan
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
@@ -80,9 +80,12 @@ def _project(
         _check(x, weight, plan, gate, bias, n_leading=1 if name == "expert_split" else 2)
     x = x.to(compute_dtype(x))
     cast = copy_for(weight, cast, x.dtype, "cast")
+    width = weight.shape[2]
+    x = widen(x, weight.shape[1] if cast is None else cast.shape[1])
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
-    return op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x))[0]
+    out = op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x))[0]
+    return out if torch.jit.is_tracing() or out.shape[-1] == width else out[..., :width]
 
 
 def _check(
@@ -132,7 +135,7 @@ def _forward(
     gates = None if gate is None else gate.reshape(-1, per_output)
     out = reference.gather_sum(products, position.view(-1, per_output), gates)
     kept = products if save and not merge else products.new_empty(0)
-    return out if merge else out.view(index.shape[0], index.shape[1], weight.shape[2]), kept
+    return out if merge else out.view(index.shape[0], index.shape[1], matrix.shape[2]), kept
 
 
 def _backward(
@@ -153,9 +156,7 @@ def _backward(
     if backend == "triton":
         from moeut_kernels import triton_projection
 
-        return triton_projection.backward(
-            merge, grad, x, matrix, weight.dtype, gate, bias, routing, kept, wants
-        )
+        return triton_projection.backward(merge, grad, x, matrix, weight, gate, bias, routing, kept, wants)
     index, slots, position, offsets, *_ = routing
     per_input, per_output = _slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
@@ -181,6 +182,7 @@ def _backward(
         if gate is not None:
             (rows if merge else d_rows).mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
         d_weight = reference.grouped_outer(rows, d_rows, offsets, backend).to(weight.dtype)
+        d_weight = d_weight[:, : weight.shape[1], : weight.shape[2]].contiguous()
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
         dense = reference.gate_matrix(
@@ -203,7 +205,7 @@ def _register(name: str, merge: bool) -> None:
 
     def fake_forward(x, weight, cast, gate, bias, index, slots, *rest):
         n_tokens, n_groups, _ = index.shape
-        width, save = weight.shape[2], rest[-2]
+        width, save = (weight if cast is None else cast).shape[2], rest[-2]
         out = x.new_empty((n_tokens, width) if merge else (n_tokens, n_groups, width))
         return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
 

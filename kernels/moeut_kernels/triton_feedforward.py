@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeut_kernels import activation as activations
+from moeut_kernels.deferral import plan_message
 from moeut_kernels.plan import TILE_ROWS, n_tiles
-from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import (
     accumulate,
     activate,
@@ -156,7 +156,7 @@ def backward(
     x: Tensor,
     up: Tensor,
     down: Tensor,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    masters: tuple[Tensor, Tensor],
     gate: Tensor,
     b_up: Tensor | None,
     b_down: Tensor | None,
@@ -165,10 +165,12 @@ def backward(
     pre: Tensor,
     activation: str,
     wants: Sequence[bool],
+    hand_in: bool,
 ) -> tuple[Tensor, ...]:
     """Body of `moeut::expert_feedforward_backward`: gradients of x, w_up, w_down, gate, b_up, b_down.
 
-    dtypes: of the gradients of w_up and w_down.
+    masters: w_up and w_down, whose shapes and dtypes their gradients have; up and down may be padded. hand_in: return
+    what a deferred gradient needs, too.
     """
     index, slots, position, offsets, tiles = routing
     grad, x, up, down, gate = (
@@ -181,15 +183,15 @@ def backward(
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
     n_tokens, _, top_k = index.shape
     d_x, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in range(4))
-    d_up = torch.empty(up.shape if want_up else 0, dtype=dtypes[0], device=x.device)
-    d_down = torch.empty(down.shape if want_down else 0, dtype=dtypes[1], device=x.device)
-    if want_x or want_up or want_gate or want_b_up:
+    d_up = torch.empty(masters[0].shape if want_up else 0, dtype=masters[0].dtype, device=x.device)
+    d_down = torch.empty(masters[1].shape if want_down else 0, dtype=masters[1].dtype, device=x.device)
+    d_pre = grad.new_empty(0)
+    if want_x or want_up or want_gate or want_b_up or hand_in:
         d_pre, dots = backward_hidden(grad, down, gate, hidden, pre, slots, tiles, top_k, activation)
-    with beside(x.device):
-        if want_down:
-            weight_gradient(hidden, grad, slots, offsets, per_left=None, per_right=top_k, out=d_down)
-        if want_up:
-            weight_gradient(x, d_pre, slots, offsets, per_left=top_k, per_right=None, out=d_up)
+    if want_down:
+        weight_gradient([hidden], [grad], [slots], [offsets], per_left=None, per_right=top_k, out=d_down)
+    if want_up:
+        weight_gradient([x], [d_pre], [slots], [offsets], per_left=top_k, per_right=None, out=d_up)
     if want_x:
         products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
         d_x = gather_sum(products, position, n_tokens, top_k)
@@ -202,5 +204,6 @@ def backward(
         d_b_up = segment_sum(d_pre, slots, offsets, per_row=None, dtype=b_up.dtype)
     if want_b_down:
         d_b_down = segment_sum(grad, slots, offsets, per_row=top_k, dtype=b_down.dtype, gate=gate)
-    join(x.device)
-    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down
+    message = plan_message(slots, offsets, hand_in)
+    d_rows = d_pre if hand_in else grad.new_empty(0)
+    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, d_rows, grad.new_empty(0), *message

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import triton_pairs
-from moeut_kernels.side_stream import beside, join
 from moeut_kernels.triton_rows import grouped_rows, weight_gradient
 from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import offers
@@ -62,17 +61,20 @@ def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dtype: torch.dtype,
+    master: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
     routing: Routing,
     kept: Tensor,
     wants: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight (in `dtype`), gate, bias; empty where not wanted. Body of both backwards."""
+    """Gradients of x, weight, gate, bias; empty where not wanted. Body of both backwards.
+
+    master: the weight, whose shape and dtype its gradient has; `weight` may be padded.
+    """
     grad, x, weight, gate, bias = _contiguous(grad, x, weight, gate, bias)
     routing = _contiguous(*routing)
-    operands = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight, dtype, gate)
+    operands = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight, master, gate)
     if _by_pairs(weight, bias, routing[5], merge):
         body = _merge_by_pairs if merge else _split_by_pairs
         d_x, d_weight, d_gate = body(*operands, routing, kept, wants[1])
@@ -91,7 +93,7 @@ def _split_by_pairs(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dtype: torch.dtype,
+    master: Tensor,
     gate: Tensor | None,
     routing: Routing,
     kept: Tensor,
@@ -110,19 +112,16 @@ def _split_by_pairs(
         transposed=True,
         products=kept,
     )
-    d_weight = torch.empty(weight.shape if want_weight else 0, dtype=dtype, device=x.device)
-    with beside(x.device):
-        weight_gradient(x, ordered, slots, offsets, per_left=2 * n_groups, per_right=None, out=d_weight)
-    d_x = gather_sum(partial, None, x.shape[0], n_groups)
-    join(x.device)
-    return d_x, d_weight, dots
+    d_weight = torch.empty(master.shape if want_weight else 0, dtype=master.dtype, device=x.device)
+    weight_gradient([x], [ordered], [slots], [offsets], per_left=2 * n_groups, per_right=None, out=d_weight)
+    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots
 
 
 def _merge_by_pairs(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dtype: torch.dtype,
+    master: Tensor,
     gate: Tensor | None,
     routing: Routing,
     kept: Tensor,
@@ -134,8 +133,10 @@ def _merge_by_pairs(
     d_x, _, dots, ordered = triton_pairs.narrow(
         grad, weight, *pairs, per_row=n_groups, transposed=True, other=x
     )
-    d_weight = torch.empty(weight.shape if want_weight else 0, dtype=dtype, device=x.device)
-    weight_gradient(ordered, grad, slots, offsets, per_left=None, per_right=2 * n_groups, out=d_weight)
+    d_weight = torch.empty(master.shape if want_weight else 0, dtype=master.dtype, device=x.device)
+    weight_gradient(
+        [ordered], [grad], [slots], [offsets], per_left=None, per_right=2 * n_groups, out=d_weight
+    )
     return d_x, d_weight, dots
 
 
@@ -144,7 +145,7 @@ def _by_slots(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dtype: torch.dtype,
+    master: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
     routing: Routing,
@@ -161,9 +162,9 @@ def _by_slots(
     if want_x:
         d_x = gather_sum(back, position, x.shape[0], per_input, gate)
     if want_weight:
-        d_weight = torch.empty(weight.shape, dtype=dtype, device=x.device)
+        d_weight = torch.empty(master.shape, dtype=master.dtype, device=x.device)
         weight_gradient(
-            x, grad, slots, offsets, per_left=per_input, per_right=per_output, gate=gate, out=d_weight
+            [x], [grad], [slots], [offsets], per_left=per_input, per_right=per_output, gate=gate, out=d_weight
         )
     if want_gate:
         slot = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)

@@ -168,7 +168,10 @@ def _choose(
     logits, index, gate, n_rows, stride, n_experts, top_k,
     SOFTMAX: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Largest logits of each row by sorting unique keys: the ordered bits of the value above the reversed column."""
+    """Largest logits of each row by sorting unique keys: the ordered bits of the value above the reversed column.
+
+    A column that is none comes after every value, NaN included, if only by its number: what is chosen always exists.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     value = tl.load(
@@ -179,11 +182,12 @@ def _choose(
     k = tl.arange(0, CHOSEN)
     if HALF:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-        ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+        ordered = tl.where((column < n_experts)[None, :], tl.where(bits < 0, bits ^ 0x7FFF, bits), -32768)
         key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
     else:
         bits = value.to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+        ordered = tl.where((column < n_experts)[None, :], ordered, -2147483648)
         key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
     top = tl.topk(key, CHOSEN)
     chosen = COLUMNS - 1 - (top & (COLUMNS - 1)).to(tl.int32)
@@ -210,27 +214,28 @@ def _choose(
 @triton.jit
 def _choose_backward(
     d_gate, index, gate, d_logits, n_rows, width, top_k,
-    SOFTMAX: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SOFTMAX: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits, dense: zero where a column was not chosen."""
+    """Gradient of the logits, dense: zeros first, then what was chosen on top of them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < n_rows
-    column = tl.arange(0, COLUMNS)
-    at = row.to(tl.int64) * top_k
-    mean = tl.zeros((ROWS,), tl.float32)
-    if SOFTMAX:
-        for k in range(top_k):
-            g = tl.load(gate + at + k, mask=here, other=0.0)
-            mean += g * tl.load(d_gate + at + k, mask=here, other=0.0)
-    grad = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(top_k):
-        g = tl.load(gate + at + k, mask=here, other=0.0)
-        d = tl.load(d_gate + at + k, mask=here, other=0.0)
-        d = g * (d - mean) if SOFTMAX else d * g * (1 - g)
-        chosen = tl.load(index + at + k, mask=here, other=0).to(tl.int32)
-        grad = tl.where(column[None, :] == chosen[:, None], d[:, None], grad)
-    out = d_logits + row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out, grad.to(d_logits.dtype.element_ty), mask=here[:, None] & (column < width)[None, :])
+    column, k = tl.arange(0, COLUMNS), tl.arange(0, CHOSEN)
+    out = d_logits + row.to(tl.int64)[:, None] * width
+    zeros = tl.zeros((ROWS, COLUMNS), d_logits.dtype.element_ty)
+    tl.store(out + column[None, :], zeros, mask=here[:, None] & (column < width)[None, :])
+    at = row.to(tl.int64)[:, None] * top_k + k[None, :]
+    mask = here[:, None] & (k < top_k)[None, :]
+    g = tl.load(gate + at, mask=mask, other=0.0)
+    d = tl.load(d_gate + at, mask=mask, other=0.0)
+    chosen = tl.load(index + at, mask=mask, other=0)
+    grad = g * (d - tl.sum(g * d, 1)[:, None]) if SOFTMAX else d * g * (1 - g)
+    tl.debug_barrier()  # another thread of the program wrote the zero
+    tl.store(out + chosen, grad.to(d_logits.dtype.element_ty), mask=mask)
+
+
+def _rows_at_once(columns: int) -> int:
+    """Rows that one warp takes: about a thousand columns."""
+    return 8 if interpreted() else min(64, max(2, 1024 // columns))
 
 
 def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[Tensor, Tensor]:
@@ -239,7 +244,8 @@ def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[T
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     index = torch.empty(n_rows, top_k, dtype=torch.int64, device=logits.device)
     gate = torch.empty(n_rows, top_k, dtype=torch.float32, device=logits.device)
-    columns, rows = max(2, triton.next_power_of_2(n_experts)), 8 if interpreted() else 2
+    columns = max(2, triton.next_power_of_2(n_experts))
+    rows = _rows_at_once(columns)
     if n_rows:
         _choose[(triton.cdiv(n_rows, rows),)](
             logits, index, gate, n_rows, logits.stride(0), n_experts, top_k,
@@ -253,11 +259,13 @@ def choose_backward(
 ) -> Tensor:
     """Body of `moeut::topk_backward`: the gradient of the logits, [R, width]."""
     n_rows, top_k = index.shape
+    d_gate, index, gate = d_gate.contiguous(), index.contiguous(), gate.contiguous()
     d_logits = torch.empty(n_rows, width, dtype=dtype, device=index.device)
-    rows = 8 if interpreted() else 2
+    columns = triton.next_power_of_2(width)
+    rows = _rows_at_once(columns)
     if n_rows:
         _choose_backward[(triton.cdiv(n_rows, rows),)](
             d_gate, index, gate, d_logits, n_rows, width, top_k,
-            softmax, triton.next_power_of_2(width), rows, num_warps=1,
+            softmax, columns, triton.next_power_of_2(top_k), rows, num_warps=1,
         )  # fmt: skip
     return d_logits

@@ -32,7 +32,8 @@ class Tile:
 
 # Products, named by what they do. "gather": gathered rows, long depth, narrow output; "gather_heavy" also
 # keeps the pre-activation, or masks ragged sides. "gather_backward(_heavy)": with the derivative of the activation.
-# "walk": a column slice of the weights stays, the rows of the expert pass by. "weight": weight gradients.
+# "walk": a column slice of the weights stays, the rows of the expert pass by. "weight": weight gradients,
+# "weight_uses": those of several uses at once.
 # "pair_narrow", "pair_wide": two experts at once; the depth of "pair_wide" is how many columns one program does.
 # float32 has neither walks nor pairs: without tensor cores a program cannot hold a whole side of a matrix.
 _LARGE = {
@@ -42,6 +43,7 @@ _LARGE = {
     "gather_backward_heavy": Tile(64, 128, 64, 8, 4),
     "walk": Tile(64, 128, 0, 4, 4),
     "weight": Tile(128, 128, 32, 4, 5),
+    "weight_uses": Tile(128, 128, 32, 4, 5),
     "pair_narrow": Tile(128, 128, 64, 8, 4),
     "pair_narrow_backward": Tile(128, 128, 64, 8, 4),
     "pair_wide": Tile(128, 64, 1024, 8, 3),
@@ -53,6 +55,7 @@ _SMALL = {
     "gather_backward_heavy": Tile(64, 64, 32, 4, 3),
     "walk": Tile(64, 64, 0, 4, 2),
     "weight": Tile(64, 64, 32, 4, 3),
+    "weight_uses": Tile(64, 64, 32, 4, 3),
     "pair_narrow": Tile(64, 128, 32, 4, 3),
     "pair_narrow_backward": Tile(64, 128, 32, 8, 3),
     "pair_wide": Tile(64, 64, 512, 4, 2),
@@ -63,6 +66,7 @@ _FLOAT32 = {
     "gather_backward": Tile(64, 64, 32, 4, 2),
     "gather_backward_heavy": Tile(64, 64, 32, 4, 2),
     "weight": Tile(64, 64, 32, 4, 2),
+    "weight_uses": Tile(64, 64, 32, 4, 2),
 }
 _INTERPRETED = {
     "gather": Tile(64, 16, 16, 4, 1),
@@ -71,6 +75,7 @@ _INTERPRETED = {
     "gather_backward_heavy": Tile(64, 16, 16, 4, 1),
     "walk": Tile(64, 16, 0, 4, 1),
     "weight": Tile(16, 16, 32, 4, 1),
+    "weight_uses": Tile(16, 16, 32, 4, 1),
     "pair_narrow": Tile(64, 16, 16, 4, 1),
     "pair_narrow_backward": Tile(64, 16, 16, 4, 1),
     "pair_wide": Tile(64, 16, 32, 4, 1),

@@ -38,7 +38,7 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: Start) -
     bias = position.bias(query, start, n_keys)
     alike = isinstance(start, int)
     if bias is None and alike and length == n_keys:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return _attend_causally(query, key, value)
     if bias is None and alike and length == 1:
         return F.scaled_dot_product_attention(query, key, value)
     rows = positions(start, length, query.device)
@@ -49,3 +49,14 @@ def attend(query: Tensor, memory: Memory, *, position: Position, start: Start) -
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias.masked_fill(~visible, float("-inf"))
     )
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of a whole sequence to itself; odd heads get zero channels, as fast 16-bit kernels want them."""
+    width = query.shape[-1]
+    missing = -width % 8 if query.dtype.itemsize == 2 else 0
+    if not missing:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    query, key, value = (F.pad(part, (0, missing)) for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=width**-0.5)
+    return mixed[..., :width]

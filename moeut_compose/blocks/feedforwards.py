@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_
 from moeut_compose.blocks.linear import Linear, Lora
-from moeut_compose.blocks.roles import Call, FeedForward, Router, everyone, running
+from moeut_compose.blocks.roles import Call, Copies, FeedForward, Router, Tickets, everyone, running
 from moeut_compose.blocks.stats import Stats, under
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
@@ -112,8 +112,20 @@ class ExpertFeedForward(FeedForward):
     def expert_weights(self) -> dict[str, Tensor]:
         return {"up": self.up, "down": self.down}
 
+    @property
+    def takes_padded(self) -> bool:
+        return self.up_bias is None and up_width(1, self.activation) == 1
+
+    def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
+        casts, top_k = (copies["up"], copies["down"]), self.router.n_choices
+        pairs = mk.feedforward_tickets(
+            self.up, self.down, n_calls, casts=casts, n_tokens=n_tokens, top_k=top_k
+        )
+        return [{"up": up, "down": down} for up, down in pairs]
+
     def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
         alive, up, down = call.alive, call.copy_of("up"), call.copy_of("down")
+        up_ticket, down_ticket = call.ticket_of("up"), call.ticket_of("down")
         routing = self.router(select, alive)
         index, gate, rows = (
             running(part.flatten(0, 1), alive) for part in (routing.index, routing.gate, data)
@@ -128,6 +140,7 @@ class ExpertFeedForward(FeedForward):
             b_up=self.up_bias,
             b_down=self.down_bias,
             casts=None if up is None or down is None else (up, down),
+            tickets=None if up_ticket is None or down_ticket is None else (up_ticket, down_ticket),
         )
         output = everyone(output, alive).view(data.shape)
         if self.shared is not None:

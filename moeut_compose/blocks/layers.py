@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.norms import Norm
-from moeut_compose.blocks.roles import Call, Copies, FeedForward, Mixed, Mixer
-from moeut_compose.blocks.stats import Stats, under
+from moeut_compose.blocks.roles import Call, Copies, FeedForward, Mixed, Mixer, Tickets
+from moeut_compose.blocks.stats import Stats, below, under
 
 
 class Run(NamedTuple):
@@ -49,10 +49,23 @@ class Layer(nn.Module):
 
     def copies(self, dtype: torch.dtype) -> Copies:
         """Copies of all expert weights in `dtype`, made once for all applications of the layer."""
-        weights = under("mixer", self.mixer.expert_weights()) | under(
-            "feedforward", self.feedforward.expert_weights()
-        )
-        return dict(zip(weights, mk.cast_weights(*weights.values(), dtype=dtype), strict=True))
+        copies: Copies = {}
+        for name, part in (("mixer", self.mixer), ("feedforward", self.feedforward)):
+            weights = part.expert_weights()
+            # only training is worth it: in decoding, products of few rows read the copies as they are
+            padded = part.takes_padded and torch.is_grad_enabled() and next(part.parameters()).is_cuda
+            casts = mk.cast_weights(*weights.values(), dtype=dtype, padded=padded)
+            copies |= under(name, dict(zip(weights, casts, strict=True)))
+        return copies
+
+    def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
+        """For each of `n_calls` applications to `n_tokens` tokens: what lets weights wait for the last of them."""
+        mixer = self.mixer.tickets(n_calls, n_tokens, below("mixer", copies))
+        feedforward = self.feedforward.tickets(n_calls, n_tokens, below("feedforward", copies))
+        return [
+            under("mixer", of_mixer) | under("feedforward", of_feedforward)
+            for of_mixer, of_feedforward in zip(mixer, feedforward, strict=True)
+        ]
 
     def forward(
         self, hidden: Tensor, context: Tensor, call: Call | None = None, past: Memory | None = None

@@ -43,3 +43,21 @@ class Linear(nn.Linear):
         if self.lora_down is None or self.lora_up is None:
             return y
         return y + F.linear(F.linear(x, self.lora_down[repeat]), self.lora_up[repeat])
+
+
+def joint_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x @ weight.T of `x [..., D]` and each of `weights [_, D]`, as one product.
+
+    x is read once, and its gradient written once instead of once per weight. On a GPU odd sides get zeros: products
+    want rows that begin at multiples of 16 bytes.
+    """
+    rows = [weight.shape[0] for weight in weights]
+    matrix = torch.cat(weights)
+    if x.is_cuda:
+        odd_rows, odd_columns = -matrix.shape[0] % 8, -matrix.shape[1] % 8
+        if odd_rows or odd_columns:
+            matrix = F.pad(matrix, (0, odd_columns, 0, odd_rows))
+            rows.append(odd_rows)
+        if odd_columns:
+            x = F.pad(x, (0, odd_columns))
+    return F.linear(x, matrix).split(rows, dim=-1)[: len(weights)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeut_compose.blocks.attention import attend, remember, split_heads
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_, xavier_uniform_
-from moeut_compose.blocks.linear import Linear, Lora
+from moeut_compose.blocks.linear import Linear, Lora, joint_linear
 from moeut_compose.blocks.roles import (
     Alive,
     Call,
@@ -23,6 +23,7 @@ from moeut_compose.blocks.roles import (
     everyone,
     running,
 )
+from moeut_compose.blocks.routers import SigmoidRouter
 from moeut_compose.blocks.stats import Stats, under
 
 
@@ -106,14 +107,31 @@ class SwitchHead(Mixer):
     def expert_weights(self) -> dict[str, Tensor]:
         return {} if self.n_experts == 1 else {"value": self.value, "output": self.output}
 
+    @property
+    def takes_padded(self) -> bool:
+        return True
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
-        q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
-        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
-        v, stats = self._values(key, value, call)
+        products = self._joint_products(query) if query is key else None
+        if products is None:
+            products = self.query(query, call.repeat), self.key(key, call.repeat), {}
+        q, k, known = products
+        q = self.position.rotate(split_heads(q, self.n_heads), call.start)
+        k = self.position.rotate(split_heads(k, self.n_heads), call.start)
+        v, stats = self._values(key, value, call, known.get("value"))
         memory = remember(k, v, past, call.start)
         mixed = attend(q, memory, position=self.position, start=call.start)
-        output, output_stats = self._outputs(query, mixed, call)
+        output, output_stats = self._outputs(query, mixed, call, known.get("output"))
         return Mixed(output, stats | output_stats, memory)
+
+    def _joint_products(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+        """Queries, keys and what the routers make their scores of, in one product; None where that does not pay."""
+        routers = {"value": self.value_router, "output": self.output_router}
+        plain = {name: router.weight for name, router in routers.items() if type(router) is SigmoidRouter}
+        if len(plain) < 2 or self.query.lora_down is not None or x.is_meta or not torch.is_grad_enabled():
+            return None
+        q, k, *scores = joint_linear(x, self.query.weight, self.key.weight, *plain.values())
+        return q, k, dict(zip(plain, scores, strict=True))
 
     def _plan(self, routing: Routing, alive: Alive | None = None) -> tuple[mk.Plan, Tensor]:
         """Kernel plan and gates `[N, H, K]` of a choice per head, for the tokens that run."""
@@ -123,12 +141,12 @@ class SwitchHead(Mixer):
             routing.gate.flatten(0, 1), alive
         )
 
-    def _values(self, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Stats]:
+    def _values(self, key: Tensor, value: Tensor, call: Call, scores: Tensor | None) -> tuple[Tensor, Stats]:
         """Values `[B, H, T, d_head]`; tokens at rest have theirs too, for others to read."""
         batch, length, _ = value.shape
         if self.value_router is None:
             return torch.einsum("btd,hdf->bhtf", value, self.value), {}
-        routing = self.value_router(key, None)
+        routing = self.value_router(key, None) if scores is None else self.value_router(key, None, scores)
         stats = under("value_router", routing.stats)
         if self.n_experts == 1:
             v = torch.einsum("btd,hdf->bhtf", value, self.value)
@@ -137,11 +155,15 @@ class SwitchHead(Mixer):
         v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate, cast=call.copy_of("value"))
         return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
 
-    def _outputs(self, query: Tensor, mixed: Tensor, call: Call) -> tuple[Tensor, Stats]:
+    def _outputs(
+        self, query: Tensor, mixed: Tensor, call: Call, scores: Tensor | None
+    ) -> tuple[Tensor, Stats]:
         """Outputs `[B, T, D]` of attended values `[B, H, T, d_head]`."""
         batch, _, length, _ = mixed.shape
         alive = call.alive
-        routing = self.output_router(query, alive)
+        routing = (
+            self.output_router(query, alive) if scores is None else self.output_router(query, alive, scores)
+        )
         stats = under("output_router", routing.stats)
         if self.n_experts == 1:
             gated = mixed * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(mixed.dtype)

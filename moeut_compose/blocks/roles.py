@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+from moeut_kernels import Ticket
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory, Start
-from moeut_compose.blocks.stats import Stats
+from moeut_compose.blocks.stats import Stats, below
 
 Copies = dict[str, Tensor]
+Tickets = dict[str, Ticket]
 
 
 class Alive(NamedTuple):
@@ -57,16 +59,22 @@ class Call(NamedTuple):
     copies: Copies | None = None
     """Expert weights of the layer in the dtype of autocast, by name; None to make them when they are needed."""
 
+    tickets: Tickets | None = None
+    """For weights whose gradient is formed once for all calls: what this call hands in, by the names of `copies`."""
+
     def inside(self, part: str) -> Call:
-        """The same call for a part of the layer, with its copies under their own names."""
-        if self.copies is None:
-            return self
-        names = {name: copy for name, copy in self.copies.items() if name.startswith(f"{part}.")}
-        return self._replace(copies={name[len(part) + 1 :]: copy for name, copy in names.items()})
+        """The same call for a part of the layer, with its copies and tickets under their own names."""
+        copies = None if self.copies is None else below(part, self.copies)
+        tickets = None if self.tickets is None else below(part, self.tickets)
+        return self._replace(copies=copies, tickets=tickets)
 
     def copy_of(self, name: str) -> Tensor | None:
         """The copy of one expert weight, if there is one."""
         return None if self.copies is None else self.copies.get(name)
+
+    def ticket_of(self, name: str) -> Ticket | None:
+        """The ticket of one expert weight, if there is one."""
+        return None if self.tickets is None else self.tickets.get(name)
 
 
 class Routing(NamedTuple):
@@ -115,6 +123,11 @@ class Router(nn.Module, ABC):
 
     n_experts: int
 
+    @property
+    @abstractmethod
+    def n_choices(self) -> int:
+        """Length of the last dimension of `Routing.index`."""
+
     @abstractmethod
     def reset_parameters(self, *, scale: float) -> None:
         """Draw the weights; `scale` is the depth factor c of the published initialisation."""
@@ -142,6 +155,15 @@ class Mixer(nn.Module, ABC):
         """Weights that expert products read, by the names under which `Call.copies` holds their copies."""
         return {}
 
+    @property
+    def takes_padded(self) -> bool:
+        """Whether the copies of those weights may be padded, see `moeut_kernels.cast_weights`."""
+        return False
+
+    def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
+        """For each of `n_calls` calls on `n_tokens` tokens: tickets of weights that can wait for their gradient."""
+        return [{} for _ in range(n_calls)]
+
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
@@ -160,6 +182,15 @@ class FeedForward(nn.Module, ABC):
     def expert_weights(self) -> dict[str, Tensor]:
         """Weights that expert products read, by the names under which `Call.copies` holds their copies."""
         return {}
+
+    @property
+    def takes_padded(self) -> bool:
+        """Whether the copies of those weights may be padded, see `moeut_kernels.cast_weights`."""
+        return False
+
+    def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
+        """For each of `n_calls` calls on `n_tokens` tokens: tickets of weights that can wait for their gradient."""
+        return [{} for _ in range(n_calls)]
 
     @abstractmethod
     def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:

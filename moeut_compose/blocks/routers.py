@@ -86,13 +86,20 @@ class LinearRouter(BalancedRouter):
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(n_heads * n_experts, d_model))
 
+    @property
+    def n_choices(self) -> int:
+        return self.top_k
+
     def reset_parameters(self, *, scale: float) -> None:
         normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
 
     def scores(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`, in the dtype of the product."""
-        columns = mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]]
-        return columns.reshape(*x.shape[:-1], self.n_heads, self.n_experts)
+        return self.by_head(mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]])
+
+    def by_head(self, columns: Tensor) -> Tensor:
+        """`[B, T, H, E]` of products `[B, T, H * E]` with the rows of the weight."""
+        return columns.reshape(*columns.shape[:-1], self.n_heads, self.n_experts)
 
     def logits(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`, in at least float32."""
@@ -133,8 +140,9 @@ class SigmoidRouter(LinearRouter):
         if self.attention:
             keep_row_deviations_(self.weight)
 
-    def forward(self, x: Tensor, alive: Alive | None) -> Routing:
-        scores = self.scores(x)
+    def forward(self, x: Tensor, alive: Alive | None, columns: Tensor | None = None) -> Routing:
+        """Route `x [B, T, D]`, whose products with the rows of the weight may be known already: `columns`."""
+        scores = self.scores(x) if columns is None else self.by_head(columns)
         logits = at_least_float32(scores)
         if self.training and self.expert_dropout:
             candidates = self.hide(logits)
@@ -197,6 +205,10 @@ class MLPRouter(BalancedRouter):
         self.n_sampled = n_sampled
         self.inner = nn.Linear(d_model, d_model)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+
+    @property
+    def n_choices(self) -> int:
+        return self.top_k
 
     def reset_parameters(self, *, scale: float) -> None:
         bound = 1.0 / math.sqrt(self.weight.shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from moeut_compose.blocks.cache import Memory, Start
 from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
 from moeut_compose.blocks.loops import Injection, StepEmbedding
-from moeut_compose.blocks.roles import Alive, Call, Copies, Router
+from moeut_compose.blocks.roles import Alive, Call, Copies, Router, Tickets
 from moeut_compose.blocks.stats import Stats, below, pool, under
 
 
@@ -68,6 +68,7 @@ class Stage(nn.Module):
         Without `remember` no memories are kept for a later call.
         """
         copies = self._copies(x)
+        tickets = self._tickets(x, copies)
         state = self.halting.begin(x)
         stats: Stats = {}
         memories: list[Memory] = []
@@ -80,9 +81,8 @@ class Stage(nn.Module):
                 call = Call(repeat, start, self._alive(state))
                 hidden, context = self._enter(state, x, call)
             memory = past[application] if past else None
-            hidden, seen, memory = self.layers[member](
-                hidden, context, call._replace(copies=copies[member]), memory
-            )
+            given = call._replace(copies=copies[member], tickets=next(tickets[member], None))
+            hidden, seen, memory = self.layers[member](hidden, context, given, memory)
             state = self.halting.absorb(state, hidden)
             stats = pool(stats, under(f"layers.{member}", seen))
             if remember:
@@ -100,6 +100,18 @@ class Stage(nn.Module):
         return [
             None if isinstance(next(layer.parameters()), DTensor) else layer.copies(dtype)
             for layer in self.layers
+        ]
+
+    def _tickets(self, x: Tensor, copies: Sequence[Copies | None]) -> list[Iterator[Tickets]]:
+        """For each member that runs several times, tickets of its calls: gradients of its experts are formed once."""
+        if not torch.is_grad_enabled() or self.skips_resting:
+            return [iter(()) for _ in self.layers]
+        members = [member for member, _ in self.schedule]
+        n_calls = [members.count(member) for member in range(len(self.layers))]
+        n_tokens = x.shape[0] * x.shape[1]
+        return [
+            iter(() if of_member is None or calls == 1 else layer.tickets(calls, n_tokens, of_member))
+            for layer, of_member, calls in zip(self.layers, copies, n_calls, strict=True)
         ]
 
     def _enter(self, state: HaltingState, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,12 @@ addition per name, and recomputing a layer cannot count anything twice.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 Stats = dict[str, Tensor]
+Named = TypeVar("Named")
 
 
 def pool(left: Stats, right: Stats) -> Stats:
@@ -24,11 +27,11 @@ def totals(stats: Stats) -> Stats:
     return {name: value.detach().sum(0) for name, value in stats.items()}
 
 
-def under(prefix: str, stats: Stats) -> Stats:
-    """The same sums, named below `prefix`."""
+def under(prefix: str, stats: dict[str, Named]) -> dict[str, Named]:
+    """The same sums (or whatever has such names), named below `prefix`."""
     return {f"{prefix}.{name}": value for name, value in stats.items()}
 
 
-def below(prefix: str, stats: Stats) -> Stats:
-    """The sums that `under` named below `prefix`, with their own names again."""
+def below(prefix: str, stats: dict[str, Named]) -> dict[str, Named]:
+    """The sums (or others) that `under` named below `prefix`, with their own names again."""
     return {name[len(prefix) + 1 :]: value for name, value in stats.items() if name.startswith(f"{prefix}.")}

@@ -95,6 +95,10 @@ class ReluRouter(LinearRouter):
         self.max_active = max_active
         self.register_buffer("multiplier", torch.empty(()))
 
+    @property
+    def n_choices(self) -> int:
+        return self.max_active
+
     def reset_parameters(self, *, scale: float) -> None:
         super().reset_parameters(scale=scale)
         self.multiplier.fill_(1.0)

@@ -156,6 +156,7 @@ def arguments(cases, op, dtype=torch.float32, activation="relu"):
             activation,
             True,
             "torch",
+            [],
         )
     return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch"
 
@@ -262,6 +263,38 @@ def test_casts_are_made_once_and_used(cases):
     assert torch.equal(other, 4 * plain)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_padded_copies_change_nothing(cases, op):
+    """Sides rounded up to 16 with zeros: same output and gradients, of the shapes of the weights."""
+    case = cases.make(op, n_groups=1 if op == "feedforward" else 2, d_in=13, d_hidden=9, d_out=21)
+    results = []
+    for padded in (False, True):
+        o = cases.leaves(case.operands, dtype=torch.float32)
+        plan, bf16 = mk.plan(case.index, case.n_experts), torch.bfloat16
+        with torch.autocast("cpu", bf16):
+            if op == "feedforward":
+                casts = mk.cast_weights(o["w_up"], o["w_down"], dtype=bf16, padded=padded)
+                out = mk.expert_feedforward(o["x"], o["w_up"], o["w_down"], plan, o["gate"], casts=casts)
+            else:
+                cast = mk.cast_weights(o["weight"], dtype=bf16, padded=padded)[0]
+                project = mk.expert_split if op == "split" else mk.expert_merge
+                out = project(o["x"], o["weight"], plan, o["gate"], cast=cast)
+        out.float().sin().sum().backward()
+        results.append([out, *(leaf.grad for leaf in o.values() if leaf is not None)])
+    for plain, wide in zip(*results, strict=True):
+        assert plain.shape == wide.shape
+        assert cases.error(wide, plain) < 6e-3
+
+
+def test_copies_of_another_shape_are_refused(cases):
+    case = cases.make("split")
+    o = case.operands
+    x, weight, plan = o["x"].float(), o["weight"].float(), mk.plan(case.index, 5)
+    cast = torch.zeros(5, 6 + 16, 7, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cast must be"):
+        mk.expert_split(x, weight, plan, o["gate"], cast=cast)
+
+
 def test_saves_nothing_without_gradients(cases):
     case = cases.make("feedforward")
     plan = mk.plan(case.index, case.n_experts)
@@ -279,6 +312,7 @@ def test_saves_nothing_without_gradients(cases):
         "relu",
         False,
         "torch",
+        [],
     )[1:]
     assert all(t.numel() == 0 for t in kept)
 

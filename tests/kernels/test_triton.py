@@ -179,6 +179,67 @@ def test_float32_master_weights(cases, op):
     cases.compare(case, dtype=torch.float32, device=DEVICE, bound=4e-3, leaves=leaves, cotangent_dtype=half)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_padded_copies_of_odd_widths(cases, op):
+    """Copies are wider than their weights: results and gradients have the shapes of the weights."""
+    half = torch.float16 if INTERPRETED else torch.bfloat16
+    case = cases.make(
+        op, n_tokens=40, n_groups=1 if op == "feedforward" else 2, d_in=21, d_hidden=10, d_out=37
+    )
+    plan = mk.plan(case.index.to(DEVICE), case.n_experts)
+    case.operands = {k: None if v is None else v.to(half).double() for k, v in case.operands.items()}
+    leaves = cases.leaves(case.operands, dtype=torch.float32, device=DEVICE)
+    leaves["x"] = leaves["x"].detach().to(half).requires_grad_()
+    weights = [leaves[name] for name in ("w_up", "w_down", "weight") if name in leaves]
+    casts = mk.cast_weights(*weights, dtype=half, padded=True)
+    assert all(side % 16 == 0 for cast in casts for side in cast.shape[1:])
+
+    def run(o, _):
+        if op == "feedforward":
+            return mk.expert_feedforward(o["x"], *weights, plan, o["gate"], casts=casts)
+        return (mk.expert_split if op == "split" else mk.expert_merge)(
+            o["x"], *weights, plan, o["gate"], cast=casts[0]
+        )
+
+    case.run = run
+    cases.compare(case, dtype=torch.float32, device=DEVICE, bound=4e-3, leaves=leaves)
+
+
+def test_deferred_gradients(cases):
+    """Three uses of one feedforward with different routings: one gradient, of the odd shape of the weight."""
+    half = torch.float16 if INTERPRETED else torch.bfloat16
+    case = cases.make("feedforward", n_tokens=40, d_in=21, d_hidden=10, d_out=37)
+    w_up, w_down = (
+        case.operands[name].to(half).float().to(DEVICE).requires_grad_() for name in ("w_up", "w_down")
+    )
+    casts = mk.cast_weights(w_up, w_down, dtype=half, padded=True)
+    tickets = mk.feedforward_tickets(w_up, w_down, 3, casts=casts, n_tokens=40, top_k=2)
+    total, expected = 0.0, 0.0
+    exact = [w.detach().double().cpu().requires_grad_() for w in (w_up, w_down)]
+    for shift in range(3):
+        x, gate = case.operands["x"].roll(shift, 0).to(half), case.operands["gate"].float()
+        index = (case.index + shift) % 5
+        cotangent = torch.randn(40, 37, dtype=torch.float64).to(half)
+        out = mk.expert_feedforward(
+            x.to(DEVICE), w_up, w_down, mk.plan(index.to(DEVICE), 5), gate.to(DEVICE), casts=casts,
+            tickets=tickets[shift],
+        )  # fmt: skip
+        total = total + (out * cotangent.to(DEVICE)).float().sum()
+        operands = {
+            **case.operands,
+            "x": x.double(),
+            "gate": gate.double(),
+            "w_up": exact[0],
+            "w_down": exact[1],
+        }
+        defined = cases.Case("feedforward", index, 5, operands).define(operands)
+        expected = expected + (defined * cotangent.double()).sum()
+    total.backward()
+    expected.backward()
+    for ours, wanted in zip((w_up, w_down), exact, strict=True):
+        assert cases.error(ours.grad, wanted.grad) < 4e-3
+
+
 @pytest.mark.parametrize(
     ("n_experts", "shape"), [(1, (9, 1, 1)), (5, (33, 1, 3)), (40, (70, 4, 2)), (13, (1, 1, 4))]
 )
@@ -229,6 +290,22 @@ def test_topk(choose, dtype, top_k, n_experts, width):
     torch.testing.assert_close(
         ours.grad.cpu().double(), exact.grad, rtol=bound, atol=1e-6 if bound < 1e-4 else 1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_of_what_is_no_number(dtype):
+    """Whatever the logits are, the chosen experts exist and are distinct, and the row's gates say that it is broken."""
+    logits = torch.randn(6, 1, 16).to(dtype)
+    logits[0, 0, :11], logits[1, 0, 3], logits[2, 0, 4] = -float("nan"), float("nan"), -float("inf")
+    ours = logits.to(DEVICE).requires_grad_()
+    index, gate = mk.topk_sigmoid(ours, 9, n_experts=11)
+    assert index.max() < 11
+    assert all(len(set(row)) == 9 for row in index[:, 0].tolist())
+    assert gate[0].isnan().all()
+    assert gate[2:].isfinite().all()
+    gate.sum().backward()  # the gradient of a sum is one number behind many places
+    assert ours.grad[2:].isfinite().all()
+    assert (ours.grad[..., 11:] == 0).all()
 
 
 @pytest.mark.parametrize("columns", [slice(0, 11), slice(3, 14), slice(0, 16, 2)])

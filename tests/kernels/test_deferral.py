@@ -1,0 +1,102 @@
+"""Gradients that wait for all uses of a weight: the sum of what the uses would have given, once."""
+
+from __future__ import annotations
+
+import moeut_kernels as mk
+import pytest
+import torch
+
+ACTIVATIONS = ["relu", "swiglu"]
+
+
+def make_uses(n_uses: int, activation: str = "relu"):
+    """Weights of 5 experts, 6 -> 4 -> 6, and for each use rows, gates and a plan of 9 tokens with two choices."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    w_up = normal(5, 6, 8 if activation == "swiglu" else 4).requires_grad_()
+    w_down = normal(5, 4, 6).requires_grad_()
+    uses = []
+    for _ in range(n_uses):
+        index = torch.rand(9, 1, 5, generator=generator).topk(2, -1)[1]
+        uses.append((normal(9, 6).requires_grad_(), index, normal(9, 1, 2).requires_grad_()))
+    return w_up, w_down, uses
+
+
+def use(x, w_up, w_down, index, gate, ticket, activation="relu"):
+    return mk.expert_feedforward(
+        x, w_up, w_down, mk.plan(index, 5), gate, activation=activation, tickets=ticket
+    )
+
+
+def run(w_up, w_down, uses, tickets, activation="relu", apply=use):
+    outs = [
+        apply(x, w_up, w_down, index, gate, ticket, activation)
+        for (x, index, gate), ticket in zip(uses, tickets, strict=True)
+    ]
+    return sum(out.sin().sum() for out in outs)
+
+
+def tickets_for(w_up, w_down, n_uses):
+    return mk.feedforward_tickets(w_up, w_down, n_uses, casts=(w_up, w_down), n_tokens=9, top_k=2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("n_uses", [1, 3])
+def test_equals_the_sum_of_the_uses(cases, n_uses, activation, backend):
+    w_up, w_down, uses = make_uses(n_uses, activation)
+    leaves = [w_up, w_down, *(leaf for x, _, gate in uses for leaf in (x, gate))]
+    with mk.use_backend(backend):
+        expected = torch.autograd.grad(run(w_up, w_down, uses, [None] * n_uses, activation), leaves)
+        loss = run(w_up, w_down, uses, tickets_for(w_up, w_down, n_uses), activation)
+        actual = torch.autograd.grad(loss, leaves)
+    assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
+
+
+def test_reaches_a_weight_once():
+    w_up, w_down, uses = make_uses(3)
+    arrived = []
+    for weight in (w_up, w_down):
+        weight.register_post_accumulate_grad_hook(arrived.append)
+    run(w_up, w_down, uses, tickets_for(w_up, w_down, 3)).backward()
+    assert [id(weight) for weight in arrived].count(id(w_up)) == 1
+    assert [id(weight) for weight in arrived].count(id(w_down)) == 1
+
+
+def test_a_use_that_the_loss_does_not_read(cases):
+    w_up, w_down, uses = make_uses(3)
+    expected = torch.autograd.grad(run(w_up, w_down, uses[:2], [None] * 2), (w_up, w_down))
+    tickets = tickets_for(w_up, w_down, 3)
+    loss = run(w_up, w_down, uses[:2], tickets[:2])
+    use(uses[2][0], w_up, w_down, uses[2][1], uses[2][2], tickets[2])
+    actual = torch.autograd.grad(loss, (w_up, w_down))
+    assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
+
+
+def test_frozen_weights_ask_for_nothing():
+    w_up, w_down, uses = make_uses(2)
+    for weight in (w_up, w_down):
+        weight.requires_grad_(False)
+    run(w_up, w_down, uses, tickets_for(w_up, w_down, 2)).backward()
+    assert w_up.grad is None
+    assert uses[0][0].grad is not None
+
+
+def test_placeholders_take_no_memory():
+    w_up, w_down, _ = make_uses(1)
+    parts = [part for pair in tickets_for(w_up, w_down, 4) for ticket in pair for part in ticket]
+    assert all(part.untyped_storage().nbytes() <= 4 for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiles_to_one_graph(cases):
+    w_up, w_down, uses = make_uses(3)
+    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
+    results = []
+    for apply in (use, compiled):
+        loss = run(w_up, w_down, uses, tickets_for(w_up, w_down, 3), apply=apply)
+        results.append(torch.autograd.grad(loss, (w_up, w_down, uses[0][0])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
