@@ -10,7 +10,7 @@ from moeut_compose.cli.output import print_table
 
 if TYPE_CHECKING:
     from moeut_compose.evaluate.protocols import ProtocolName
-    from moeut_compose.evaluate.zero_shot import TaskResult
+    from moeut_compose.evaluate.task_result import TaskResult
     from moeut_compose.train.run import Run
 
 PROTOCOLS: "tuple[ProtocolName, ...]" = ("published", "harness")
@@ -45,7 +45,7 @@ def checked_folder(folder: Path | None, tasks: list[str]) -> Path:
 
 def results_document(run: "Run", protocol: str, results: "list[TaskResult]") -> dict[str, Any]:
     """The results with stable keys; `average` is null unless all benchmarks were run."""
-    from moeut_compose.evaluate.zero_shot import average
+    from moeut_compose.evaluate.task_result import average
 
     return {
         "name": run.spec.name,
@@ -59,8 +59,8 @@ def results_document(run: "Run", protocol: str, results: "list[TaskResult]") -> 
 
 def print_results(results: "list[TaskResult]") -> None:
     """A row for each benchmark, in percent."""
+    from moeut_compose.evaluate.task_result import average
     from moeut_compose.evaluate.tasks import TASKS
-    from moeut_compose.evaluate.zero_shot import average
 
     rows = []
     for result in results:
