@@ -84,7 +84,7 @@ def evaluate(
 
     loaded, reporter = _load_run(path, device), make_reporter()
     results = perplexity = by_harness = None
-    if folder is not None:
+    if benchmarks:
         from moeut_compose.evaluate.zero_shot import evaluate_tasks
 
         results = evaluate_tasks(

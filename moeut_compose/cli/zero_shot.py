@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 PROTOCOLS: "tuple[ProtocolName, ...]" = ("published", "harness")
 
+HUB = "hub"
 TaskDataOption = Annotated[
-    Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with the files of the benchmarks.")
+    str | None,
+    typer.Option(
+        "--task-data",
+        metavar=f"DIR|{HUB}",
+        help=f"Folder with the files of the benchmarks, or `{HUB}`: Hugging Face datasets, kept in the cache.",
+    ),
 ]
 ProtocolOption = Annotated[
     str, typer.Option(metavar="|".join(PROTOCOLS), help="Rules of the paper, or of lm-evaluation-harness.")
@@ -37,10 +43,14 @@ def checked_protocol(name: str) -> "ProtocolName":
     raise wrong_usage(f"--protocol: {name!r} is not one of {', '.join(PROTOCOLS)}")
 
 
-def checked_folder(folder: Path | None, tasks: list[str]) -> Path:
+def checked_folder(folder: str | None, tasks: list[str]) -> Path | None:
+    """The folder with the files; None stands for the hub."""
     if folder is None:
-        raise wrong_usage(f"--tasks {','.join(tasks)}: name the folder with the files in --task-data DIR")
-    return folder
+        raise wrong_usage(
+            f"--tasks {','.join(tasks)}: name the folder with the files in --task-data DIR, "
+            f"or read Hugging Face datasets with --task-data {HUB}"
+        )
+    return None if folder == HUB else Path(folder)
 
 
 def results_document(run: "Run", protocol: str, results: "list[TaskResult]") -> dict[str, Any]:

@@ -20,11 +20,12 @@ from moeut_compose.evaluate.protocols import rules
 from moeut_compose.evaluate.scoring import score_passages
 from moeut_compose.evaluate.task_result import Identity, TaskResult, summarize
 from moeut_compose.evaluate.tasks import TASKS, Task
+from moeut_compose.evaluate.tasks.hub import fetch_benchmarks
 from moeut_compose.evaluate.tasks.items import LastWord
 from moeut_compose.progress import SilentReporter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from moeut_compose.evaluate.protocols import ProtocolName, Rules, Verdict
@@ -41,7 +42,7 @@ ITEMS_AT_ONCE = 500
 def evaluate_tasks(
     run: Run,
     tasks: Sequence[str],
-    folder: Path,
+    folder: Path | None,
     *,
     protocol: ProtocolName = "published",
     limit: int | None = None,
@@ -49,7 +50,7 @@ def evaluate_tasks(
     anew: bool = False,
     reporter: Reporter | None = None,
 ) -> list[TaskResult]:
-    """Run benchmarks, whose files lie in `folder`, on a run.
+    """Run benchmarks, whose files lie in `folder` (none: on the Hugging Face hub), on a run.
 
     `limit`: the first items only, of each group where there are groups. `max_tokens` of a batch change no
     result. `anew` ignores results that are kept. Raises `DataError`, before any work, if files are missing,
@@ -61,18 +62,26 @@ def evaluate_tasks(
     if unknown:
         raise ValueError(f"task {unknown[0]!r} is not one of {', '.join(TASKS)}")
     reporter = reporter or SilentReporter()
-    items = {task: read_items(TASKS[task], folder, protocol, limit) for task in tasks}
+    for task in tasks:
+        reader_of(TASKS[task], protocol)
+    folders = fetch_benchmarks(tasks, reporter=reporter) if folder is None else dict.fromkeys(tasks, folder)
+    items = {task: read_items(TASKS[task], folders[task], protocol, limit) for task in tasks}
     return [
         _evaluate_task(run, task, items[task], protocol, limit, max_tokens, anew, reporter) for task in items
     ]
 
 
-def read_items(task: Task, folder: Path, protocol: ProtocolName, limit: int | None = None) -> list[Item]:
-    """The items of a benchmark in a protocol. Raises `DataError`."""
+def reader_of(task: Task, protocol: ProtocolName) -> Callable[[Path], Sequence[Item]]:
+    """What reads the items of a benchmark for a protocol. Raises `DataError` if the protocol has no rules for it."""
     read = task.read_published if protocol == "published" else task.read_harness
     if read is None:
         raise DataError(f"{task.name} has no rules in the harness protocol; leave it out or use `published`")
-    items = list(read(folder))
+    return read
+
+
+def read_items(task: Task, folder: Path, protocol: ProtocolName, limit: int | None = None) -> list[Item]:
+    """The items of a benchmark in a protocol. Raises `DataError`."""
+    items = list(reader_of(task, protocol)(folder))
     if not items:
         raise DataError(f"{folder}: the files of {task.name} hold no items")
     if limit is None:

@@ -14,6 +14,7 @@ from lm_eval.api.registry import get_model
 from typer.testing import CliRunner, Result
 
 from moeut_compose.cli import app
+from moeut_compose.data.hub import import_datasets
 from moeut_compose.evaluate.harness import HarnessModel
 from tests.cli.conftest import RECIPE, SMALL
 from tests.conftest import ROOT
@@ -71,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(import_datasets().config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # no forks in a test process with threads
     folder = tmp_path / "tasks"
