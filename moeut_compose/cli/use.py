@@ -11,6 +11,13 @@ from moeut_compose.cli.devices import DeviceOption, import_torch, named_device
 from moeut_compose.cli.failures import complain, wrong_usage
 from moeut_compose.cli.harness import HarnessOption, IncludeOption, print_harness, run_harness
 from moeut_compose.cli.output import print_json
+from moeut_compose.cli.synthetic import (
+    SYNTHETIC,
+    RepeatsOption,
+    checked_repeats,
+    print_synthetic,
+    run_synthetic,
+)
 from moeut_compose.cli.zero_shot import (
     AnewOption,
     LimitOption,
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from moeut_compose.train.run import Run
 
 PERPLEXITY = "perplexity"
-TASK_NAMES = (PERPLEXITY, *TASKS)
+TASK_NAMES = (PERPLEXITY, SYNTHETIC, *TASKS)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
 
 
@@ -44,6 +51,7 @@ def evaluate(
     protocol: ProtocolOption = "published",
     harness: HarnessOption = None,
     harness_include: IncludeOption = None,
+    repeats: RepeatsOption = None,
     limit: LimitOption = None,
     anew: AnewOption = False,
     windows: Annotated[
@@ -75,7 +83,8 @@ def evaluate(
     unknown = [name for name in names if name not in TASK_NAMES]
     if unknown:
         raise wrong_usage(f"--tasks: {unknown[0]!r} is not one of {', '.join(TASK_NAMES)}")
-    benchmarks = [name for name in names if name != PERPLEXITY]
+    benchmarks = [name for name in names if name in TASKS]
+    passes = checked_repeats(repeats, names)
     rules = checked_protocol(protocol)
     folder = checked_folder(task_data, benchmarks) if benchmarks else None
     import_torch()
@@ -83,7 +92,7 @@ def evaluate(
     from moeut_compose.progress import make_reporter
 
     loaded, reporter = _load_run(path, device), make_reporter()
-    results = perplexity = by_harness = None
+    results = perplexity = by_harness = by_difficulty = None
     if benchmarks:
         from moeut_compose.evaluate.zero_shot import evaluate_tasks
 
@@ -101,6 +110,8 @@ def evaluate(
         from moeut_compose.evaluate.perplexity import evaluate_run
 
         perplexity = evaluate_run(loaded, windows=windows, batch_size=batch_size, reporter=reporter)
+    if SYNTHETIC in names:
+        by_difficulty = run_synthetic(loaded, passes, limit=limit, reporter=reporter)
     if harness is not None:
         by_harness = run_harness(
             loaded, harness, harness_include, limit=limit, batch_size=batch_size, reporter=reporter
@@ -108,6 +119,7 @@ def evaluate(
     if as_json:
         identity = {"name": loaded.spec.name, "run": str(loaded.path), "step": loaded.step}
         document = {} if results is None else results_document(loaded, rules, results)
+        document |= {} if by_difficulty is None else {SYNTHETIC: by_difficulty}
         document |= {} if by_harness is None else {"harness": by_harness}
         print_json({**identity, **(perplexity or {}), **document})
         return
@@ -116,6 +128,9 @@ def evaluate(
     if results is not None:
         print(f"{loaded.spec.name} at step {loaded.step:,}, {protocol} protocol")
         print_results(results)
+    if by_difficulty is not None:
+        print(f"{loaded.spec.name} at step {loaded.step:,}, {loaded.recipe.name}")
+        print_synthetic(by_difficulty)
     if by_harness is not None:
         print(f"{loaded.spec.name} at step {loaded.step:,}, lm-evaluation-harness {by_harness['version']}")
         print_harness(by_harness)

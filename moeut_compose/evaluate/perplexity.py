@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moeut_compose.blocks.cross_entropy import IGNORED
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.prepare import prepare_validation
-from moeut_compose.data.tokens import open_tokens
+from moeut_compose.data.tokens import inputs_and_targets, open_tokens
 from moeut_compose.progress import SilentReporter
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moeut_compose.data.tokens import TokenFile
+    from moeut_compose.data.prepare import Windows
     from moeut_compose.progress import Reporter
     from moeut_compose.spec.recipe import DataSpec
     from moeut_compose.train.run import Run
@@ -48,7 +49,7 @@ class Perplexity:
 
 def measure_perplexity(
     model: nn.Module,
-    text: TokenFile,
+    text: Windows,
     *,
     context: int,
     windows: int | None = None,
@@ -66,18 +67,20 @@ def measure_perplexity(
         raise ValueError(f"the text has {text.index.n_tokens} tokens, less than one window of {context}")
     was_training = model.training
     model.eval()
-    total = 0.0
+    total, n_tokens = 0.0, 0
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for start in range(0, count, batch_size):
                 indices = range(start, min(start + batch_size, count))
                 batch = torch.from_numpy(text.windows(indices, context)).to(device)
-                out = model(batch[:, :-1], targets=batch[:, 1:])
-                total += out.cross_entropy.double().item() * len(indices) * context
+                inputs, targets = inputs_and_targets(batch)
+                out = model(inputs, targets=targets)
+                n_targets = int((targets != IGNORED).sum())
+                total += out.cross_entropy.double().item() * n_targets
+                n_tokens += n_targets
                 between(len(indices))
     finally:
         model.train(was_training)
-    n_tokens = count * context
     mean = total / n_tokens
     n_bytes = n_tokens * text.index.n_bytes / text.index.n_tokens
     return Perplexity(
@@ -106,7 +109,7 @@ def evaluate_run(
     reporter = reporter or SilentReporter()
     windows = windows or run.recipe.evaluation.windows
     context = run.context
-    text = None
+    text: Windows | None = None
     if data is None:
         text = _stored_text(run, windows)
     if text is None:
@@ -121,7 +124,7 @@ def evaluate_run(
     return {"step": run.step, **result.to_dict()}
 
 
-def _stored_text(run: Run, windows: int | None) -> TokenFile | None:
+def _stored_text(run: Run, windows: int | None) -> Windows | None:
     """The held-out text in the run folder, if it has all the windows that are asked for."""
     try:
         text = open_tokens(run.path / "validation")
