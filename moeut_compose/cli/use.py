@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moeut_compose.train.run import Run
 
 PERPLEXITY = "perplexity"
-TASK_NAMES = (PERPLEXITY, SYNTHETIC, *TASKS)
+TASK_NAMES = (PERPLEXITY, *TASKS, SYNTHETIC)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from moeut_compose.train.run import Run
 
 FOLDER = "evaluation"
-ITEMS_AT_ONCE = 500
+ITEMS_AT_ONCE = 100
 """Items that are lost at most when a benchmark is interrupted."""
 
 
