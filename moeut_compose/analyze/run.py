@@ -142,6 +142,8 @@ def _find_text(
         if text_file is not None:
             raise
         raise NoText(f"{error}; --text FILE reads a text of your own instead") from error
+    if not isinstance(text, TokenFile):
+        raise NoText("synthetic examples are no text; `evaluate --tasks synthetic` scores them by difficulty")
     return text, "held-out text of the recipe" if text_file is None else str(text_file)
 
 

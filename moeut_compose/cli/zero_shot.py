@@ -10,13 +10,19 @@ from moeut_compose.cli.output import print_table
 
 if TYPE_CHECKING:
     from moeut_compose.evaluate.protocols import ProtocolName
-    from moeut_compose.evaluate.zero_shot import TaskResult
+    from moeut_compose.evaluate.task_result import TaskResult
     from moeut_compose.train.run import Run
 
 PROTOCOLS: "tuple[ProtocolName, ...]" = ("published", "harness")
 
+HUB = "hub"
 TaskDataOption = Annotated[
-    Path | None, typer.Option("--task-data", metavar="DIR", help="Folder with the files of the benchmarks.")
+    str | None,
+    typer.Option(
+        "--task-data",
+        metavar=f"DIR|{HUB}",
+        help=f"Folder with the files of the benchmarks, or `{HUB}`: Hugging Face datasets, kept in the cache.",
+    ),
 ]
 ProtocolOption = Annotated[
     str, typer.Option(metavar="|".join(PROTOCOLS), help="Rules of the paper, or of lm-evaluation-harness.")
@@ -37,15 +43,19 @@ def checked_protocol(name: str) -> "ProtocolName":
     raise wrong_usage(f"--protocol: {name!r} is not one of {', '.join(PROTOCOLS)}")
 
 
-def checked_folder(folder: Path | None, tasks: list[str]) -> Path:
+def checked_folder(folder: str | None, tasks: list[str]) -> Path | None:
+    """The folder with the files; None stands for the hub."""
     if folder is None:
-        raise wrong_usage(f"--tasks {','.join(tasks)}: name the folder with the files in --task-data DIR")
-    return folder
+        raise wrong_usage(
+            f"--tasks {','.join(tasks)}: name the folder with the files in --task-data DIR, "
+            f"or read Hugging Face datasets with --task-data {HUB}"
+        )
+    return None if folder == HUB else Path(folder)
 
 
 def results_document(run: "Run", protocol: str, results: "list[TaskResult]") -> dict[str, Any]:
     """The results with stable keys; `average` is null unless all benchmarks were run."""
-    from moeut_compose.evaluate.zero_shot import average
+    from moeut_compose.evaluate.task_result import average
 
     return {
         "name": run.spec.name,
@@ -59,8 +69,8 @@ def results_document(run: "Run", protocol: str, results: "list[TaskResult]") -> 
 
 def print_results(results: "list[TaskResult]") -> None:
     """A row for each benchmark, in percent."""
+    from moeut_compose.evaluate.task_result import average
     from moeut_compose.evaluate.tasks import TASKS
-    from moeut_compose.evaluate.zero_shot import average
 
     rows = []
     for result in results:

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING
 
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.sources import open_source
+from moeut_compose.data.synthetic import (
+    SyntheticWindows,
+    alphabet_tokenizer,
+    synthetic_identity,
+    synthetic_windows,
+)
 from moeut_compose.data.tokenizer import prepare_tokenizer
 from moeut_compose.data.tokens import TokenFile, prepare_tokens, token_key
+from moeut_compose.spec.recipe import SyntheticData
 
 if TYPE_CHECKING:
     from moeut_compose.data.tokenizer import Tokenizer
@@ -16,13 +23,16 @@ if TYPE_CHECKING:
     from moeut_compose.spec.recipe import DataSpec, RecipeSpec
 
 
+Windows = TokenFile | SyntheticWindows
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Everything that training reads."""
 
     tokenizer: Tokenizer
-    train: TokenFile
-    validation: TokenFile
+    train: Windows
+    validation: Windows
     identity: str
     """Equal for equal training tokens."""
 
@@ -40,6 +50,8 @@ def prepare_data(
     `tokenizer` replaces the recipe's, so that a resumed run keeps the one it began with.
     """
     data = recipe.data
+    if isinstance(data, SyntheticData):
+        return _prepare_synthetic(data, vocab_size, context)
     source = open_source(data)
     if tokenizer is None:
         tokenizer = prepare_tokenizer(
@@ -63,8 +75,10 @@ def prepare_validation(
     context: int,
     windows: int | None,
     reporter: Reporter | None = None,
-) -> TokenFile:
+) -> Windows:
     """Tokenise the held-out text; of a remote source only the `windows` that are asked for."""
+    if isinstance(data, SyntheticData):
+        return synthetic_windows(data, "validation")
     source = open_source(data)
     enough = windows * context + 1 if source.is_remote and windows is not None else None
     tokens = prepare_tokens(
@@ -76,6 +90,13 @@ def prepare_validation(
             "raise data.validation_fraction, name data.validation_files, or shorten the context"
         )
     return tokens
+
+
+def _prepare_synthetic(data: SyntheticData, vocab_size: int, context: int) -> PreparedData:
+    train = synthetic_windows(data, "train")
+    train.n_windows(context)
+    tokenizer = alphabet_tokenizer(train.task, vocab_size=vocab_size)
+    return PreparedData(tokenizer, train, synthetic_windows(data, "validation"), synthetic_identity(data))
 
 
 def check_length(train: TokenFile, context: int, recipe: RecipeSpec) -> None:

@@ -19,7 +19,7 @@ from moeut_compose.spec.recipe import BuiltinData, HuggingFaceData, JsonlData, T
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moeut_compose.spec.recipe import DataSpec
+    from moeut_compose.spec.recipe import TextDataSpec
 
 Part = Literal["train", "validation"]
 
@@ -37,7 +37,7 @@ class Source(Protocol):
         """Changes whenever the documents of the part change."""
 
 
-def open_source(spec: DataSpec) -> Source:
+def open_source(spec: TextDataSpec) -> Source:
     """The source that a recipe describes. Raises `DataError` if it is not there."""
     match spec:
         case BuiltinData():

@@ -25,6 +25,8 @@ from moeut_compose.progress import SilentReporter
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from torch import Tensor
+
     from moeut_compose.data.sources import Part, Source
     from moeut_compose.data.tokenizer import Tokenizer
     from moeut_compose.progress import Reporter
@@ -58,6 +60,13 @@ class TokenFile:
         """Windows by number: `[n, context + 1]` int64, inputs `[:, :-1]` and targets `[:, 1:]`."""
         rows = [self.ids[index * context : index * context + context + 1] for index in indices]
         return np.stack(rows).astype(np.int64)
+
+
+def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """What a batch of windows asks: of text `[B, T + 1]` the next token, of pairs `[B, 2, T]` the second of each."""
+    if windows.dim() == 3:
+        return windows[:, 0], windows[:, 1]
+    return windows[:, :-1], windows[:, 1:]
 
 
 def open_tokens(folder: Path) -> TokenFile:

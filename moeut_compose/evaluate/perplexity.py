@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moeut_compose.blocks.cross_entropy import IGNORED
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.prepare import prepare_validation
-from moeut_compose.data.tokens import open_tokens
+from moeut_compose.data.tokens import inputs_and_targets, open_tokens
 from moeut_compose.progress import SilentReporter
 from moeut_compose.world import World
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moeut_compose.data.tokens import TokenFile
+    from moeut_compose.data.prepare import Windows
     from moeut_compose.progress import Reporter
     from moeut_compose.spec.recipe import DataSpec
     from moeut_compose.train.run import Run
@@ -49,7 +50,7 @@ class Perplexity:
 
 def measure_perplexity(
     model: nn.Module,
-    text: TokenFile,
+    text: Windows,
     *,
     context: int,
     windows: int | None = None,
@@ -69,7 +70,7 @@ def measure_perplexity(
         raise ValueError(f"the text has {text.index.n_tokens} tokens, less than one window of {context}")
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for start in range(0, count, batch_size * world.size):
@@ -77,13 +78,15 @@ def measure_perplexity(
                 indices = range(first, min(first + batch_size, count))
                 # split weights need every process: without windows of its own one computes for nothing
                 batch = torch.from_numpy(text.windows(indices or range(1), context)).to(device)
-                out = model(batch[:, :-1], targets=batch[:, 1:])
-                total += out.cross_entropy.double() * len(indices) * context
+                inputs, targets = inputs_and_targets(batch)
+                out = model(inputs, targets=targets)
+                n_targets = (targets != IGNORED).sum() * bool(indices)
+                sums += torch.stack((out.cross_entropy.double() * n_targets, n_targets.double()))
                 between(min(batch_size * world.size, count - start))
     finally:
         model.train(was_training)
-    n_tokens = count * context
-    nats = world.sum({"nats": total})["nats"].item()
+    nats, n_targets = world.sum({"sums": sums})["sums"].tolist()
+    n_tokens = int(n_targets)
     mean = nats / n_tokens
     n_bytes = n_tokens * text.index.n_bytes / text.index.n_tokens
     return Perplexity(
@@ -123,7 +126,7 @@ def evaluate_run(
 
 def held_out_text(
     run: Run, *, windows: int | None, data: DataSpec | None = None, reporter: Reporter | None = None
-) -> TokenFile:
+) -> Windows:
     """At least `windows` windows (none: all) of a run's held-out text, or of that of `data`. Raises `DataError`."""
     text = _stored_text(run, windows) if data is None else None
     return text or prepare_validation(
@@ -131,7 +134,7 @@ def held_out_text(
     )
 
 
-def _stored_text(run: Run, windows: int | None) -> TokenFile | None:
+def _stored_text(run: Run, windows: int | None) -> Windows | None:
     """The held-out text in the run folder, if it has all the windows that are asked for."""
     try:
         text = open_tokens(run.path / "validation")

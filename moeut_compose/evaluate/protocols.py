@@ -10,31 +10,18 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from moeut_compose.data.errors import DataError
+from moeut_compose.evaluate.passages import continuation_passage
 from moeut_compose.evaluate.scoring import Passage
 from moeut_compose.evaluate.tasks.items import LastWord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moeut_compose.evaluate.passages import TextCodec
     from moeut_compose.evaluate.scoring import Score
     from moeut_compose.evaluate.tasks.items import Item
 
 ProtocolName = Literal["published", "harness"]
-
-
-class TextCodec(Protocol):
-    """What the rules need of a tokenizer."""
-
-    @property
-    def start_id(self) -> int | None:
-        """Id of the token that may stand before a text."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,10 @@ class Harness:
 
     def passages(self, item: Item) -> list[Passage]:
         options = [item.word] if isinstance(item, LastWord) else item.options
-        return [self._passage(item.context, f" {option}") for option in options]
+        return [
+            continuation_passage(self.codec, item.context, f" {option}", context_length=self.context_length)
+            for option in options
+        ]
 
     def judge(self, item: Item, passages: Sequence[Passage], scores: Sequence[Score]) -> Verdict:
         log_likelihoods = [score.log_likelihood for score in scores]
@@ -118,24 +108,6 @@ class Harness:
         pairs = zip(log_likelihoods, item.options, strict=True)
         by_character = [value / len(option) if option else math.nan for value, option in pairs]
         return Verdict(is_first_best(by_character, item.answer), {"unnormalized_accuracy": float(is_best)})
-
-    def _passage(self, context: str, continuation: str) -> Passage:
-        """All tokens of the continuation are scored; without a context they follow the start token."""
-        if context:
-            stripped = context.rstrip()
-            whole = self.codec.encode(context + continuation)
-            n_scored = len(whole) - len(self.codec.encode(stripped))
-        else:
-            start = self.codec.start_id
-            if start is None:
-                raise DataError(
-                    "the harness protocol sets a start token before a text without context, and this "
-                    "tokenizer has neither <s> nor </s>"
-                )
-            continued = self.codec.encode(continuation)
-            whole, n_scored = [start, *continued], len(continued)
-        ids = tuple(whole[-(self.context_length + 1) :])
-        return Passage(ids, max(0, min(n_scored, len(ids) - 1)))
 
 
 def rules(protocol: ProtocolName, codec: TextCodec, *, context_length: int) -> Rules:

@@ -1,79 +1,48 @@
 """Zero-shot benchmarks of a trained run.
 
 The result of each finished benchmark is kept in the run folder, as `evaluation/<task>.json`, and used again as
-long as checkpoint, items, tokenizer and rules are the same.
+long as checkpoint, items, tokenizer and rules are the same. What is done of an unfinished one lies beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.files import write_atomically
+from moeut_compose.evaluate.partial import PartialResult
 from moeut_compose.evaluate.protocols import rules
 from moeut_compose.evaluate.scoring import score_passages
+from moeut_compose.evaluate.task_result import Identity, TaskResult, summarize
 from moeut_compose.evaluate.tasks import TASKS, Task
+from moeut_compose.evaluate.tasks.hub import fetch_benchmarks
+from moeut_compose.evaluate.tasks.items import LastWord
 from moeut_compose.progress import SilentReporter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from moeut_compose.evaluate.protocols import ProtocolName, Verdict
+    from moeut_compose.evaluate.protocols import ProtocolName, Rules, Verdict
     from moeut_compose.evaluate.tasks.items import Item
     from moeut_compose.progress import Reporter
+    from moeut_compose.progress import Task as ProgressTask
     from moeut_compose.train.run import Run
 
 FOLDER = "evaluation"
-Z_95 = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a result depends on besides the weights of a step."""
-
-    task: str
-    protocol: str
-    step: int
-    limit: int | None
-    items: str
-    """SHA-256 of the items."""
-    tokenizer: str
-    """SHA-256 of the tokenizer."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """How often a run was right on one benchmark."""
-
-    identity: Identity
-    accuracy: float
-    """Fraction of items; with groups, the unweighted mean over groups."""
-    confidence_interval: tuple[float, float]
-    """95 % Wilson interval of the accuracy for this number of items."""
-    n: int
-    groups: dict[str, dict[str, float]]
-    """Accuracy and n of each paradigm or type; empty where there are none."""
-    others: dict[str, float]
-    """Further figures of the protocol, averaged over items."""
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        content = asdict(self)
-        return {**content.pop("identity"), **content, "confidence_interval": list(self.confidence_interval)}
+ITEMS_AT_ONCE = 100
+"""Items that are lost at most when a benchmark is interrupted."""
 
 
 def evaluate_tasks(
     run: Run,
     tasks: Sequence[str],
-    folder: Path,
+    folder: Path | None,
     *,
     protocol: ProtocolName = "published",
     limit: int | None = None,
@@ -81,7 +50,7 @@ def evaluate_tasks(
     anew: bool = False,
     reporter: Reporter | None = None,
 ) -> list[TaskResult]:
-    """Run benchmarks, whose files lie in `folder`, on a run.
+    """Run benchmarks, whose files lie in `folder` (none: on the Hugging Face hub), on a run.
 
     `limit`: the first items only, of each group where there are groups. `max_tokens` of a batch change no
     result. `anew` ignores results that are kept. Raises `DataError`, before any work, if files are missing,
@@ -93,18 +62,26 @@ def evaluate_tasks(
     if unknown:
         raise ValueError(f"task {unknown[0]!r} is not one of {', '.join(TASKS)}")
     reporter = reporter or SilentReporter()
-    items = {task: read_items(TASKS[task], folder, protocol, limit) for task in tasks}
+    for task in tasks:
+        reader_of(TASKS[task], protocol)
+    folders = fetch_benchmarks(tasks, reporter=reporter) if folder is None else dict.fromkeys(tasks, folder)
+    items = {task: read_items(TASKS[task], folders[task], protocol, limit) for task in tasks}
     return [
         _evaluate_task(run, task, items[task], protocol, limit, max_tokens, anew, reporter) for task in items
     ]
 
 
-def read_items(task: Task, folder: Path, protocol: ProtocolName, limit: int | None = None) -> list[Item]:
-    """The items of a benchmark in a protocol. Raises `DataError`."""
+def reader_of(task: Task, protocol: ProtocolName) -> Callable[[Path], Sequence[Item]]:
+    """What reads the items of a benchmark for a protocol. Raises `DataError` if the protocol has no rules for it."""
     read = task.read_published if protocol == "published" else task.read_harness
     if read is None:
         raise DataError(f"{task.name} has no rules in the harness protocol; leave it out or use `published`")
-    items = list(read(folder))
+    return read
+
+
+def read_items(task: Task, folder: Path, protocol: ProtocolName, limit: int | None = None) -> list[Item]:
+    """The items of a benchmark in a protocol. Raises `DataError`."""
+    items = list(reader_of(task, protocol)(folder))
     if not items:
         raise DataError(f"{folder}: the files of {task.name} hold no items")
     if limit is None:
@@ -116,21 +93,6 @@ def read_items(task: Task, folder: Path, protocol: ProtocolName, limit: int | No
             first.append(item)
         seen[item.group] += 1
     return first
-
-
-def average(results: Sequence[TaskResult]) -> float | None:
-    """Unweighted mean accuracy, as published, or None where a benchmark is missing."""
-    if {result.identity.task for result in results} != set(TASKS):
-        return None
-    return math.fsum(result.accuracy for result in results) / len(results)
-
-
-def wilson_interval(accuracy: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson, 1927): also sound near 0 and 1."""
-    shrink = 1 + z * z / n
-    centre = (accuracy + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _evaluate_task(
@@ -149,49 +111,57 @@ def _evaluate_task(
     if kept is not None:
         reporter.note(f"{TASKS[task].title}: taken from {path}")
         return kept
-    start = time.monotonic()
+    partial = PartialResult(path.with_suffix(".partial.jsonl"), asdict(identity))
+    try:
+        partial = PartialResult.begin(partial.path, partial.identity, anew=anew)
+        keep = partial.add
+    except OSError as error:
+        reporter.warn(f"cannot keep results in {partial.path}: {error.strerror or error}")
+        keep = partial.take
     protocol_rules = rules(protocol, run.tokenizer, context_length=run.context)
-    passages = [protocol_rules.passages(item) for item in items]
-    flat = [passage for of_item in passages for passage in of_item]
-    with reporter.task(TASKS[task].title, total=len(flat)) as progress:
-        scores = iter(score_passages(run.model, flat, max_tokens=max_tokens, between=progress.advance))
-    verdicts = [
-        protocol_rules.judge(item, of_item, [next(scores) for _ in of_item])
-        for item, of_item in zip(items, passages, strict=True)
-    ]
-    result = summarize(identity, items, verdicts, seconds=time.monotonic() - start)
-    _keep(path, result, reporter)
+    left = [index for index in by_length(items) if index not in partial.verdicts]
+    if partial.verdicts:
+        reporter.note(
+            f"{TASKS[task].title}: going on after {len(partial.verdicts):,} of {len(items):,} items"
+        )
+    with reporter.task(TASKS[task].title, total=len(items), done=len(items) - len(left)) as progress:
+        for first in range(0, len(left), ITEMS_AT_ONCE):
+            start = time.monotonic()
+            indices = left[first : first + ITEMS_AT_ONCE]
+            verdicts = _judge(run, protocol_rules, [items[index] for index in indices], max_tokens, progress)
+            keep(dict(zip(indices, verdicts, strict=True)), time.monotonic() - start)
+    verdicts = [partial.verdicts[index] for index in range(len(items))]
+    result = summarize(identity, items, verdicts, seconds=partial.seconds)
+    if _keep(path, result, reporter):
+        partial.remove()
     return result
 
 
-def summarize(
-    identity: Identity, items: Sequence[Item], verdicts: Sequence[Verdict], *, seconds: float = 0.0
-) -> TaskResult:
-    """Accuracy, its interval and the parts from the verdict on every item."""
-    by_group: dict[str, list[float]] = defaultdict(list)
-    others: dict[str, list[float]] = defaultdict(list)
-    for item, verdict in zip(items, verdicts, strict=True):
-        by_group[item.group].append(float(verdict.is_correct))
-        for name, value in verdict.others.items():
-            others[name].append(value)
-    accuracy = _mean(_mean(values) for values in by_group.values())
-    means = {name: _mean(values) for name, values in others.items()}
-    if "target_nats" in means:
-        means["target_perplexity"] = math.exp(min(means.pop("target_nats"), 700.0))
-    return TaskResult(
-        identity=identity,
-        accuracy=accuracy,
-        confidence_interval=wilson_interval(accuracy, len(items)),
-        n=len(items),
-        groups={name: {"accuracy": _mean(v), "n": len(v)} for name, v in by_group.items() if name},
-        others=means,
-        seconds=seconds,
+def by_length(items: Sequence[Item]) -> list[int]:
+    """Indices of items, the longest first: neighbours fill a batch without padding, and memory runs out early."""
+
+    def size(item: Item) -> int:
+        if isinstance(item, LastWord):
+            return len(item.text)
+        return len(item.context) + max(map(len, item.options))
+
+    return sorted(range(len(items)), key=lambda index: size(items[index]), reverse=True)
+
+
+def _judge(
+    run: Run, protocol_rules: Rules, items: Sequence[Item], max_tokens: int, progress: ProgressTask
+) -> list[Verdict]:
+    """Score some items together; progress counts items."""
+    passages = [protocol_rules.passages(item) for item in items]
+    flat = [passage for of_item in passages for passage in of_item]
+    share = len(items) / max(1, len(flat))
+    scores = iter(
+        score_passages(run.model, flat, max_tokens=max_tokens, between=lambda n: progress.advance(n * share))
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
+    return [
+        protocol_rules.judge(item, of_item, [next(scores) for _ in of_item])
+        for item, of_item in zip(items, passages, strict=True)
+    ]
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -224,10 +194,12 @@ def _read_result(path: Path, identity: Identity) -> TaskResult | None:
     return result if stored == identity else None
 
 
-def _keep(path: Path, result: TaskResult, reporter: Reporter) -> None:
-    """Write a result; a run folder that cannot be written to is no reason to lose it."""
+def _keep(path: Path, result: TaskResult, reporter: Reporter) -> bool:
+    """Write a result, if that is possible: a run folder that cannot be written to is no reason to lose it."""
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, f"{json.dumps(result.to_dict(), indent=1)}\n".encode())
     except OSError as error:
         reporter.warn(f"cannot keep the result in {path}: {error.strerror or error}")
+        return False
+    return True

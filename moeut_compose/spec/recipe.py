@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from moeut_compose.spec.base import Count, Fraction, PositiveFloat, Spec, Weight
+from moeut_compose.spec.synthetic import SyntheticTaskSpec
 
 PUBLISHED_SEPARATOR = "<STORY_SEP>"
 
@@ -92,7 +93,25 @@ class HuggingFaceData(DataOptions):
     """Read over the network instead of downloading the whole dataset first."""
 
 
-DataSpec = Annotated[BuiltinData | TextData | JsonlData | HuggingFaceData, Field(discriminator="kind")]
+TextDataSpec = BuiltinData | TextData | JsonlData | HuggingFaceData
+
+
+class SyntheticData(Spec):
+    """Examples that are made on the way, one a window; the tokenizer is the task's alphabet."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    task: SyntheticTaskSpec
+    seed: Steps = 0
+    """Fixes tables and examples."""
+
+    @property
+    def max_tokens(self) -> None:
+        """There is no end."""
+
+
+DataSpec = Annotated[
+    BuiltinData | TextData | JsonlData | HuggingFaceData | SyntheticData, Field(discriminator="kind")
+]
 
 
 class SentencePieceFile(Spec):

@@ -16,6 +16,7 @@ import torch
 from moeut_compose.blocks.roles import Router
 from moeut_compose.blocks.stats import Stats, below, pool, totals, under
 from moeut_compose.blocks.steered_routers import any_steered, steer_routers
+from moeut_compose.data.tokens import inputs_and_targets
 from moeut_compose.train.errors import TrainError
 from moeut_compose.train.graph import GraphedPass
 from moeut_compose.train.nonfinite import first_nonfinite, nonfinite_weight
@@ -88,13 +89,13 @@ class Trainer:
     def train_step(
         self, batch: Tensor, *, between: Callable[[float], None] = lambda share: None
     ) -> dict[str, Tensor]:
-        """Take one optimiser step on windows `batch [B, T + 1]`, this process' part of them.
+        """Take one optimiser step on windows `batch [B, T + 1]`, or pairs of inputs and targets `[B, 2, T]`.
 
-        Loss and gradient are the means over the batches of all processes, whatever the micro-batch. `between` is
-        called after each micro-batch with its share of the batch; whatever it raises undoes the step. Returns
-        scalars on the device: `loss`, its parts (`cross_entropy` and the model's own terms), `grad_norm` before
-        clipping, and the boolean `skipped`: loss or norm is not finite, and weights, buffers and optimiser are as
-        before.
+        They are this process' part of the batch. Loss and gradient are the means over the batches of all
+        processes, whatever the micro-batch. `between` is called after each micro-batch with its share of the batch;
+        whatever it raises undoes the step. Returns scalars on the device: `loss`, its parts (`cross_entropy` and the
+        model's own terms), `grad_norm` before clipping, and the boolean `skipped`: loss or norm is not finite, and
+        weights, buffers and optimiser are as before.
         """
         self.model.train()
         random_state = random_state_dict(self.device)
@@ -220,7 +221,8 @@ class Trainer:
     def _forward_backward(self, windows: Tensor, share: float) -> dict[str, Tensor]:
         """Of a micro-batch that is a `share` of the batch: its losses, without gradient, and its statistics."""
         with self._precision.autocast():
-            out = self._engine.forward(windows[:, :-1], targets=windows[:, 1:])
+            inputs, targets = inputs_and_targets(windows)
+            out = self._engine.forward(inputs, targets=targets)
             loss = out.cross_entropy + sum(out.losses.values())
         self._scaler.scale(loss * share).backward()
         terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}

@@ -19,7 +19,7 @@ from moeut_compose.build import build_model
 from moeut_compose.data.files import write_atomically
 from moeut_compose.data.prepare import PreparedData, prepare_data
 from moeut_compose.data.tokenizer import Tokenizer
-from moeut_compose.data.tokens import save_head
+from moeut_compose.data.tokens import TokenFile, save_head
 from moeut_compose.progress import SilentReporter, format_duration
 from moeut_compose.spec.io import dump_yaml, load_recipe, load_spec, parse_spec
 from moeut_compose.spec.recipe import JsonlData, SentencePieceFile, TextData
@@ -290,7 +290,7 @@ def _write_folder(
     try:
         run_folder.write_environment(folder, argv, device)
         data.tokenizer.save(folder / run_folder.TOKENIZER)
-        if not (folder / run_folder.VALIDATION).is_dir():
+        if isinstance(data.validation, TokenFile) and not (folder / run_folder.VALIDATION).is_dir():
             windows = recipe.evaluation.windows
             n_tokens = None if windows is None else windows * plan.context + 1
             save_head(data.validation, folder / run_folder.VALIDATION, n_tokens)

@@ -10,7 +10,7 @@ from moeut_compose.evaluate.zero_shot import FOLDER as EVALUATION
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
 from moeut_compose.spec.dump import dump_yaml
-from moeut_compose.spec.recipe import BuiltinData, HuggingFaceData, RecipeSpec
+from moeut_compose.spec.recipe import BuiltinData, HuggingFaceData, RecipeSpec, SyntheticData
 
 if TYPE_CHECKING:
     from moeut_compose.spec.model import ModelSpec
@@ -84,7 +84,7 @@ Licence: not stated. It is for whoever publishes this model to choose one that t
 
 def model_card(run: Run, recipe: RecipeSpec) -> str:
     """The text of `README.md`. `recipe` is the run's as it may be shown."""
-    separator = recipe.data.separator
+    separator = "" if isinstance(recipe.data, SyntheticData) else recipe.data.separator
     return CARD.format(
         name=run.spec.name,
         description=run.spec.description or "No description.",
