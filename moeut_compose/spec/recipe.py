@@ -227,6 +227,8 @@ class CheckpointSpec(Spec):
     """Newest checkpoints to keep; older ones are deleted."""
     keep_every: Count | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    background: bool | Literal["auto"] = "auto"
+    """Write while training goes on, from a copy in host memory; auto: on a GPU."""
 
     @model_validator(mode="after")
     def _kept_steps_are_saved(self) -> Self:

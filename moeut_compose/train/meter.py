@@ -11,6 +11,7 @@ from moeut_compose.train.metrics import RunningMeans, StepClock
 from moeut_compose.train.router_load import RouterLoads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
 class Meter:
     """Follows a trainer from row to row."""
 
-    def __init__(self, trainer: Trainer, plan: TrainingPlan, peak: float | None) -> None:
-        """`peak`: TFLOP/s of the device, if known; without it there is no utilisation."""
+    def __init__(
+        self, trainer: Trainer, plan: TrainingPlan, peak: float | None, take_waited: Callable[[], float]
+    ) -> None:
+        """What is followed.
+
+        `peak`: TFLOP/s of the device, if known; without it there is no utilisation. `take_waited` tells the seconds
+        that the loop has waited for batches since it was last asked.
+        """
+        self._take_waited = take_waited
         self._trainer = trainer
         self._plan = plan
         self._peak = peak
@@ -56,6 +64,7 @@ class Meter:
             "skipped_steps": self._trainer.skips.read().total,
             "tokens_per_second": speed,
             "mfu": model_flops_utilisation(self._plan.macs_per_token, speed, self._peak),
+            "data_wait": self._clock.share(self._take_waited()),
             "memory_bytes": used_memory(self._trainer.device),
             **(self._loads.columns() if means else {}),
         }

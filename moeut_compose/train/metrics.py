@@ -88,8 +88,16 @@ class StepClock:
 
     def tokens_per_second(self) -> float:
         """Meaningful once the device has been waited for, as reading any of its numbers does."""
-        seconds = time.perf_counter() - self._began - self._paused
+        seconds = self._seconds()
         return self._tokens / seconds if seconds > 0 else 0.0
+
+    def share(self, seconds: float) -> float:
+        """What part of the time since the last row `seconds` are."""
+        whole = self._seconds()
+        return seconds / whole if whole > 0 else 0.0
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began - self._paused
 
 
 class MetricsLog:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,19 +17,21 @@ from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.measure.hardware import peak_tflops
-from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder, weights_of
 from moeut_compose.train.device import choose_precision
-from moeut_compose.train.divergence import check_weights, stuck
+from moeut_compose.train.divergence import stuck
 from moeut_compose.train.errors import Interrupted
 from moeut_compose.train.folder import PLOTS
 from moeut_compose.train.loop import SEED_STRIDE, Trainer
 from moeut_compose.train.meter import Meter
 from moeut_compose.train.metrics import MetricsLog
 from moeut_compose.train.modes import compile_layers
-from moeut_compose.train.parallel import collect, spread
+from moeut_compose.train.parallel import spread
 from moeut_compose.train.plot import plot_loss
+from moeut_compose.train.prefetch import Prefetcher
 from moeut_compose.train.result import TrainResult, columns_of, from_columns
+from moeut_compose.train.saving import Saver
 from moeut_compose.train.signals import StopRequested
+from moeut_compose.train.spikes import spike
 from moeut_compose.train.tensorboard import TensorBoardLog
 
 if TYPE_CHECKING:
@@ -72,7 +74,6 @@ class Session:
         self._recipe = recipe
         self._plan = plan
         self._data = data
-        self._architecture = architecture
         self._stop = stop
         self._reporter = reporter
         self._device = next(model.parameters()).device
@@ -93,7 +94,18 @@ class Session:
             engine=engine,
         )
         peak = recipe.hardware.peak_tflops or peak_tflops(plan.device_name, plan.precision)
-        self._meter = Meter(self._trainer, plan, peak and peak * world.size)
+        self._batches = Prefetcher(self._batch_of, steps=plan.steps, pin=self._device.type == "cuda")
+        self._meter = Meter(self._trainer, plan, peak and peak * world.size, self._batches.take_waited)
+        self._saver = Saver(
+            folder,
+            self._trainer,
+            self._meter,
+            recipe.checkpoint,
+            architecture=architecture,
+            data_identity=data.identity,
+            tokens_per_step=plan.tokens_per_step,
+            world=world,
+        )
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take up a checkpoint, or start from fresh weights."""
@@ -126,6 +138,8 @@ class Session:
         return self._log
 
     def close(self) -> None:
+        self._batches.close()
+        self._saver.close()
         if self._log is not None:
             self._log.close()
 
@@ -139,11 +153,11 @@ class Session:
             except StopRequested as request:
                 self._stop.answered()
                 self.log.flush()
-                raise Interrupted(request.signum, checkpoint=self._saved()) from request
+                raise Interrupted(request.signum, checkpoint=self._saver.saved(self.log)) from request
             losses = [row["cross_entropy"] for row in self.log.rows if row["event"] == "train"]
             return TrainResult(
                 folder=self._folder,
-                checkpoint=self._saved(),
+                checkpoint=self._saver.saved(self.log),
                 step=trainer.step,
                 tokens=trainer.step * self._plan.tokens_per_step,
                 loss=losses[-1] if losses else math.nan,
@@ -166,11 +180,11 @@ class Session:
             while trainer.step < trainer.steps:
                 self._take_step(task)
                 self._do_what_is_due()
-        self._saved()
+        self._saver.saved(self.log)
 
     def _take_step(self, task: Task) -> None:
         trainer, recipe = self._trainer, self._recipe
-        batch = self._batch_of(trainer.step)
+        batch = self._batches(trainer.step)
 
         def between(share: float) -> None:
             task.advance(share)
@@ -208,7 +222,7 @@ class Session:
         step, steps = self._trainer.step, self._trainer.steps
         every = self._recipe.checkpoint.interval
         if step and every and step % every == 0:
-            self._saved()
+            self._saver.save(self.log)
         every = self._recipe.evaluation.interval
         if step and every and step % every == 0 and step < steps:
             self._evaluate()
@@ -222,6 +236,9 @@ class Session:
                 f"{skipped} of the steps up to step {row['step']:,} skipped: loss or gradient was not finite"
             )
         self._skips_reported = row["skipped_steps"]
+        jump = spike(self.log.rows)
+        if jump is not None:
+            self._reporter.warn(jump)
         return row
 
     def _stop_if_stuck(self, skips: Skips) -> None:
@@ -230,40 +247,6 @@ class Session:
             self.log.flush()
             culprit = self._trainer.find_nonfinite(self._batch_of(skips.first))
             raise stuck(self._folder, self._recipe, skips, culprit, self._windows_of(skips.first))
-
-    def _saved(self) -> Path:
-        """The checkpoint of this step, written now if it is not there."""
-        path = step_folder(self._folder, self._trainer.step)
-        if not self._world.on_main(path.is_dir):
-            with self._meter.paused():
-                self._save()
-        return path
-
-    def _save(self) -> None:
-        trainer = self._trainer
-        check_weights(self._folder, self._model, trainer.step, self._world)
-        self.log.flush()
-        weights = collect(weights_of(self._model), keep=self._world.is_main)
-        state = {
-            "trainer": trainer.state_dict(),
-            "means": self._meter.state_dict(),
-            "micro_batch": trainer.micro_batch,
-            "device": self._device.type,
-            "world_size": self._world.size,
-        }
-        self._world.on_main(lambda: self._write_checkpoint(weights, state))
-
-    def _write_checkpoint(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        step = self._trainer.step
-        save_checkpoint(
-            self._folder,
-            step=step,
-            weights=weights,
-            state=state,
-            architecture=self._architecture,
-            meta={"tokens": step * self._plan.tokens_per_step, "data": self._data.identity},
-        )
-        prune_checkpoints(self._folder, self._recipe.checkpoint)
 
     def _evaluate(self) -> Perplexity:
         """Perplexity at this step, from the metrics if it is there already."""

@@ -19,7 +19,7 @@ import torch
 import moeut_compose.cli.run  # noqa: F401
 from moeut_compose.cli import app
 from moeut_compose.data import prepare, tokenizer, tokens
-from moeut_compose.train import checkpoint, loop, metrics, run, session
+from moeut_compose.train import checkpoint, loop, metrics, run, saving, session
 from moeut_compose.train import plan as planning
 from moeut_compose.train.memory import Activations
 
@@ -41,7 +41,7 @@ POINTS: dict[str, tuple[object, str, int, bool]] = {
     "writing the training state": (checkpoint.torch, "save", 2, True),
     "publishing a checkpoint": (checkpoint, "_replace_folder", 2, False),
     "moving the pointer": (checkpoint, "_replace_folder", 2, True),
-    "pruning": (session, "prune_checkpoints", 2, False),
+    "pruning": (saving, "prune_checkpoints", 2, False),
     "drawing": (session, "plot_loss", 1, False),
 }
 ERRORS = {"disk full": errno.ENOSPC, "no permission": errno.EACCES, "input/output error": errno.EIO}
@@ -91,7 +91,7 @@ def child(order: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    planning.trace_activations = lambda *_: Activations(fixed=0, per_sequence=2**20)
+    planning.trace_activations = lambda *_, **__: Activations(fixed=0, per_sequence=2**20)
     planning.measure_cpu_flops = lambda: 1e11
     session.plot_loss = lambda rows, folder, title: folder / "loss.png"
     for line in sys.stdin:

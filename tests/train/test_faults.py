@@ -115,7 +115,11 @@ def expected(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def outcome(run: Path) -> dict[str, object]:
     rows = [
-        {key: value for key, value in row.items() if key not in ("tokens_per_second", "memory_bytes", "mfu")}
+        {
+            key: value
+            for key, value in row.items()
+            if key not in ("tokens_per_second", "memory_bytes", "mfu", "data_wait")
+        }
         for row in read_rows(run / "metrics.jsonl")
     ]
     return {"weights": load_file(run / "checkpoints" / "step-00000008" / "model.safetensors"), "rows": rows}

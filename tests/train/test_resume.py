@@ -28,7 +28,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "plot_loss", lambda rows, folder, title: folder / "loss.png")
 
 
-TIMING = {"tokens_per_second", "mfu", "memory_bytes"}
+TIMING = {"tokens_per_second", "mfu", "memory_bytes", "data_wait"}
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
