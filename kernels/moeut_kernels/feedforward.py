@@ -277,7 +277,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return *(None,) * 16, [None] * ctx.n_tickets
     needs = ctx.needs_input_grad
-    hand_in = any(needs[16])
+    hand_in = ctx.n_tickets > 0 and any(needs[16])
     wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
     *grads, d_pre, gated, slots, offsets = torch.ops.moeut.expert_feedforward_backward(
         grad, *ctx.saved_tensors, ctx.activation, wants, hand_in, ctx.backend

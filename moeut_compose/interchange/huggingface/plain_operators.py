@@ -30,8 +30,12 @@ class Operator:
         """Nothing to do: there is no operator to be opaque."""
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
-        """Let `backward` be the derivative."""
-        parts = {"forward": self.body, "setup_context": setup_context, "backward": backward}
+        """Let `backward` be the derivative; an argument that is a list of tensors has none."""
+
+        def derivative(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            return tuple(None if isinstance(part, list) else part for part in backward(ctx, *gradients))
+
+        parts = {"forward": self.body, "setup_context": setup_context, "backward": derivative}
         methods = {name: staticmethod(part) for name, part in parts.items()}
         function: Any = type("OperatorFunction", (torch.autograd.Function,), methods)
         self.call = function.apply
