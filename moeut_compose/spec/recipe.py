@@ -244,6 +244,8 @@ class LoggingSpec(Spec):
     """Steps between rows of the metrics files; a row holds means over these steps."""
     tensorboard: bool = False
     """Also write the rows for TensorBoard, which has to be installed."""
+    wandb: bool = False
+    """Also log the rows to Weights & Biases, which has to be installed; its own settings apply."""
 
 
 class HardwareSpec(Spec):

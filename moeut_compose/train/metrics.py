@@ -12,19 +12,17 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 
 from moeut_compose.data.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
-
-    from moeut_compose.train.tensorboard import TensorBoardLog
 
 Row = dict[str, Any]
 
@@ -100,17 +98,27 @@ class StepClock:
         return time.perf_counter() - self._began - self._paused
 
 
+class Board(Protocol):
+    """Another place for the rows."""
+
+    def append(self, row: Row) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
     """The metrics files of a run."""
 
     def __init__(
-        self, folder: Path, *, keep_until: int, board: TensorBoardLog | None = None, writes: bool = True
+        self, folder: Path, *, keep_until: int, boards: Sequence[Board] = (), writes: bool = True
     ) -> None:
         """Open the files of a run folder, dropping rows of steps after `keep_until` and torn lines.
 
-        New rows also go to `board`. Without `writes` they are only remembered: another process writes the files.
+        New rows also go to `boards`. Without `writes` they are only remembered: another process writes the files.
         """
-        self._board = board
+        self._boards = boards
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
         self.rows = [row for row in read_rows(self._jsonl) if row["step"] <= keep_until]
@@ -125,8 +133,8 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
-        if self._board is not None:
-            self._board.append(row)
+        for board in self._boards:
+            board.append(row)
 
     def flush(self) -> None:
         """Force the rows to disk and bring the CSV file up to date."""
@@ -134,14 +142,14 @@ class MetricsLog:
             return
         os.fsync(self._file.fileno())
         write_atomically(self._csv, as_csv(self.rows).encode())
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def read_rows(path: Path) -> list[Row]:

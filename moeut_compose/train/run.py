@@ -38,6 +38,7 @@ from moeut_compose.train.plan import context_of, plan_training
 from moeut_compose.train.session import Session, TrainResult
 from moeut_compose.train.signals import catch_signals
 from moeut_compose.train.tensorboard import summary_writer
+from moeut_compose.train.weights_and_biases import import_wandb
 from moeut_compose.world import PeerFailed, PeerLost, local_rank, started_world, translated
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def train(
     recipe = with_absolute_paths(recipe)
     place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
     if recipe.logging.tensorboard:
-        summary_writer()  # if it is missing, say so before anything is prepared
+        summary_writer()  # what is missing is told before anything is prepared
+    if recipe.logging.wandb:
+        import_wandb()
     way: Resume = resume if resume in ("auto", "none") else Path(resume)
     wanted = None if out is None else Path(out)
     with ExitStack() as stack:

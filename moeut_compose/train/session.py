@@ -33,6 +33,7 @@ from moeut_compose.train.saving import Saver
 from moeut_compose.train.signals import StopRequested
 from moeut_compose.train.spikes import spike
 from moeut_compose.train.tensorboard import TensorBoardLog
+from moeut_compose.train.weights_and_biases import WandbLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from moeut_compose.progress import Reporter, Task
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.checkpoint import Checkpoint
-    from moeut_compose.train.metrics import Row
+    from moeut_compose.train.metrics import Board, Row
     from moeut_compose.train.plan import TrainingPlan
     from moeut_compose.train.signals import StopSignal
     from moeut_compose.train.skipping import Skips
@@ -127,10 +128,18 @@ class Session:
         if self._recipe.compile is True:
             compile_layers(self._model)
         step = self._trainer.step
-        board = None
-        if self._recipe.logging.tensorboard and self._world.is_main:
-            board = TensorBoardLog(self._folder, first_step=step)
-        self._log = MetricsLog(self._folder, keep_until=step, board=board, writes=self._world.is_main)
+        boards = self._boards(step) if self._world.is_main else []
+        self._log = MetricsLog(self._folder, keep_until=step, boards=boards, writes=self._world.is_main)
+
+    def _boards(self, step: int) -> list[Board]:
+        logging = self._recipe.logging
+        boards: list[Board] = []
+        if logging.tensorboard:
+            boards.append(TensorBoardLog(self._folder, first_step=step))
+        if logging.wandb:
+            config = {"architecture": self._plan.architecture, "recipe": self._recipe.model_dump(mode="json")}
+            boards.append(WandbLog(self._folder, config=config))
+        return boards
 
     @property
     def log(self) -> MetricsLog:
