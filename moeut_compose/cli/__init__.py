@@ -16,6 +16,7 @@ from moeut_compose.cli.failures import Commands
 from moeut_compose.cli.generate import generate
 from moeut_compose.cli.interchange import export, import_
 from moeut_compose.cli.memory import memory
+from moeut_compose.cli.prepare import data, tokenizer
 from moeut_compose.cli.run import train
 from moeut_compose.cli.sweep import sweep
 from moeut_compose.cli.use import evaluate
@@ -71,4 +72,6 @@ for family in COMMANDS:
         app.command()(command)
 app.command("import")(import_)
 app.command()(doctor)
+app.add_typer(data, name="data")
+app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
