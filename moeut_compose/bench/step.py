@@ -22,6 +22,8 @@ from moeut_compose.train.device import Precision, choose_precision, describe_dev
 from moeut_compose.train.loop import Trainer
 from moeut_compose.train.memory import MemoryEstimate, estimate_memory, trace_activations
 from moeut_compose.train.modes import compile_layers
+from moeut_compose.train.parallel import Parallelism, spread
+from moeut_compose.world import World
 
 N_BATCHES = 3
 
@@ -32,7 +34,9 @@ class StepTiming:
 
     name: str
     device: str
+    n_processes: int
     batch: int
+    """Sequences of a step on each process."""
     seq_len: int
     micro_batch: int
     precision: str
@@ -67,15 +71,21 @@ def measure_step(
     steps: int = 15,
     warmup: int = 5,
     profile: Callable[[Any], None] | None = None,
+    world: World | None = None,
+    parallelism: Parallelism = "ddp",
 ) -> StepTiming:
     """Build `spec` on `device` and time training steps on random tokens `[batch, seq_len + 1]`.
 
-    `profile` is handed a finished `torch.profiler.profile` of two further steps.
+    Of several processes each takes `batch` sequences; the figures are those of all of them, but for memory; compile inside
+    `uncut_layers` then. `profile` is handed a finished `torch.profiler.profile` of two further steps.
     """
+    world = world or World()
+    micro_batch = micro_batch or batch
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     precision = choose_precision("auto", device)
     model = build_model(spec, device=device)
+    engine = spread(model, world, parallelism, graphed=graphed)
     if compiled:
         compile_layers(model)
     trainer = Trainer(
@@ -85,10 +95,12 @@ def measure_step(
         steps=100_000,
         clip_norm=0.25,
         precision=precision,
-        micro_batch=micro_batch or batch,
+        micro_batch=micro_batch,
         graphed=graphed,
+        world=world,
+        engine=engine,
     )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(world.rank)
     batches = [
         torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device)
         for _ in range(N_BATCHES)
@@ -111,15 +123,16 @@ def measure_step(
                 trainer.train_step(batches[index])
             _synchronize(device)
         profile(profiler)
-    ms, tokens = statistics.median(times), batch * seq_len
-    estimate = _estimate(spec, seq_len, batch, micro_batch or batch, precision, compiled=compiled)
+    ms, tokens = statistics.median(times), world.size * batch * seq_len
+    estimate = _estimate(spec, seq_len, batch, micro_batch, precision, compiled=compiled)
     macs = count_macs(spec, seq_len).total_per_token
     return StepTiming(
         name=spec.name,
         device=describe_device(device),
+        n_processes=world.size,
         batch=batch,
         seq_len=seq_len,
-        micro_batch=micro_batch or batch,
+        micro_batch=micro_batch,
         precision=precision.name,
         compiled=compiled,
         graphed=graphed,

@@ -20,7 +20,7 @@ bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 @bench.command()
 def step(
     specs: SpecsArgument,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, on each process.")] = 32,
     seq_len: Annotated[
         int | None, typer.Option(metavar="T", min=1, help="Default: the context length.")
     ] = None,
@@ -30,6 +30,9 @@ def step(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile every distinct layer.")] = False,
     graphed: Annotated[bool, typer.Option("--cuda-graph", help="Replay forward and backward.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 15,
+    parallelism: Annotated[
+        str, typer.Option(metavar="ddp|fsdp", help="How the processes that torchrun starts share the model.")
+    ] = "ddp",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -38,34 +41,50 @@ def step(
     **Example**
 
     - `moeut-compose bench step dense_244m moeut_244m --compile --cuda-graph`
+    - `torchrun --nproc-per-node 2 -m moeut_compose bench step moeut_244m --compile --parallelism fsdp`
     """
+    if parallelism not in ("ddp", "fsdp"):
+        raise wrong_usage(f"--parallelism {parallelism}: write ddp or fsdp")
     names, overrides = specs_and_overrides(specs)
     models = [load_spec(name, architecture_overrides(overrides)) for name in names]
     from moeut_compose.bench.step import measure_step
-    from moeut_compose.train.device import choose_device
+    from moeut_compose.train.device import choose_device, own_device
+    from moeut_compose.train.modes import uncut_layers
+    from moeut_compose.world import local_rank, started_world
 
-    place = choose_device(device)
+    world = started_world()
+    place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
+    if graphed and parallelism == "fsdp":
+        raise wrong_usage("--cuda-graph records a step on whole weights and --parallelism fsdp splits them")
     if graphed and place.type != "cuda":
         raise wrong_usage("--cuda-graph needs a CUDA device")
+    world.open(place)
     timings = []
-    for model in models:
-        complain(f"measuring {model.name}")
-        timings.append(
-            measure_step(
-                model,
-                batch=batch,
-                seq_len=seq_len or model.context_length,
-                micro_batch=micro_batch,
-                device=place,
-                compiled=compiled,
-                graphed=graphed,
-                steps=steps,
+    with uncut_layers():
+        for model in models:
+            complain(f"measuring {model.name}")
+            timings.append(
+                measure_step(
+                    model,
+                    batch=batch,
+                    seq_len=seq_len or model.context_length,
+                    micro_batch=micro_batch,
+                    device=place,
+                    compiled=compiled,
+                    graphed=graphed,
+                    steps=steps,
+                    world=world,
+                    parallelism=parallelism,  # type: ignore[arg-type]
+                )
             )
-        )
+    world.close()
+    if not world.is_main:
+        return
     if as_json:
         print_json([timing.to_dict() for timing in timings])
         return
-    print(f"{timings[0].device}, {timings[0].precision}, batch {batch}")
+    processes = "" if world.size == 1 else f"{world.size} processes ({parallelism}), each with "
+    print(f"{processes}{timings[0].device}, {timings[0].precision}, batch {batch}")
     rows = [
         [
             timing.name,

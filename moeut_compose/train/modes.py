@@ -13,6 +13,7 @@ from moeut_compose.blocks.layers import Layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.spec.recipe import RecipeSpec
@@ -29,9 +30,13 @@ def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
         if recipe.compile is True:
-            # compiled layers are smaller than what DDP sends at once: cutting them up would only cost fusions
-            stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            stack.enter_context(uncut_layers())
         yield
+
+
+def uncut_layers() -> AbstractContextManager[None]:
+    """While compiling inside: layers stay whole, though DDP would cut them up at its buckets and lose fusions."""
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 
 def compile_layers(model: LanguageModel) -> None:

@@ -1,9 +1,16 @@
 """`bench step` measures what it is told to; how long it takes is nobody's test."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from typer.testing import Result
+
+from tests.conftest import ROOT
 
 
 def test_two_models_are_measured_alike(cli_json: Callable[..., Any]) -> None:
@@ -59,3 +66,41 @@ def test_batches_are_numbers(cli: Callable[..., Result]) -> None:
     result = cli("bench", "decode", "moeut_tiny", "--batch", "1,x")
     assert result.exit_code == 2
     assert "--batch 1,x" in result.stderr
+
+
+def test_bench_step_of_two_processes_counts_the_tokens_of_both() -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    words = [
+        "d_model=32",
+        "--batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--steps",
+        "2",
+        "--parallelism",
+        "fsdp",
+        "--json",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "moeut_compose", "bench", "step", "moeut_tiny", "--device", "cpu", *words],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (timing,) = json.loads(done.stdout)
+    assert timing["n_processes"] == 2
+    assert timing["tokens_per_second"] == pytest.approx(2 * 2 * 16 * 1e3 / timing["ms"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--parallelism", "tp"], "write ddp or fsdp"),
+        (["--parallelism", "fsdp", "--cuda-graph"], "splits them"),
+    ],
+)
+def test_bench_step_refuses(cli, words: list[str], says: str) -> None:
+    result = cli("bench", "step", "moeut_tiny", *words)
+    assert result.exit_code == 2
+    assert says in result.stderr
