@@ -76,8 +76,8 @@ def measure_step(
 ) -> StepTiming:
     """Build `spec` on `device` and time training steps on random tokens `[batch, seq_len + 1]`.
 
-    Of several processes each takes `batch` sequences; the figures are those of all of them, but for memory; compile inside
-    `uncut_layers` then. `profile` is handed a finished `torch.profiler.profile` of two further steps.
+    Of several processes each takes `batch` sequences; the figures are those of all of them, but for memory.
+    They compile inside `uncut_layers`. `profile` is handed a finished `torch.profiler.profile` of two further steps.
     """
     world = world or World()
     micro_batch = micro_batch or batch
