@@ -10,7 +10,7 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from moeut_compose.data.files import write_atomically
@@ -40,9 +40,10 @@ class Progress:
 def read_progress(folder: Path, tokens: Path, itemsize: int) -> Progress:
     """What a journal says, or the beginning if there is none or it tells of more ids than there are."""
     try:
-        progress = Progress(**json.loads((folder / JOURNAL).read_text()))
+        said = json.loads((folder / JOURNAL).read_text())
+        progress = Progress(*(said[field.name] for field in fields(Progress)))
         whole = tokens.stat().st_size >= progress.n_tokens * itemsize
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return Progress()
     return progress if whole else Progress()
 
