@@ -56,29 +56,30 @@ def write_progress(folder: Path, file: BinaryIO, progress: Progress) -> None:
 
 
 @contextmanager
-def sole_writer(path: Path, reporter: Reporter) -> Iterator[None]:
+def sole_writer(path: Path, reporter: Reporter) -> Iterator[bool]:
     """Hold the lock file `path`; while another process holds it, wait. It goes with its process, however it ends.
 
-    Where files cannot be locked, nothing is: on Windows and some network folders.
+    Gives whether the lock is held: on Windows and in some network folders files cannot be locked.
     """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     told = False
     while True:
         with path.open("w") as file:
+            is_locked = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_ours = _is_still(path, file)
             except BlockingIOError:
                 is_ours = False
             except OSError:  # this file system has no locks
-                is_ours = True
+                is_ours, is_locked = True, False
             if is_ours:
                 try:
-                    yield
+                    yield is_locked
                 finally:
                     path.unlink(missing_ok=True)
                 return

@@ -142,14 +142,15 @@ def write_tokens(
     number of `workers` and of interruptions. Raises `DataError`.
     """
     reporter = reporter or SilentReporter()
-    partial = folder.with_name(f".{folder.name}.part")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
     work = Tokenising(shards, tokenizer, dtype, separator, max_tokens, workers, title)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with sole_writer(folder.with_name(f".{folder.name}.lock"), reporter):
+        with sole_writer(folder.with_name(f".{folder.name}.lock"), reporter) as is_alone:
             if folder.is_dir():  # made while this process waited
                 return
+            owner = "" if is_alone else f".{os.getpid()}"
+            partial = folder.with_name(f".{folder.name}{owner}.part")
             partial.mkdir(exist_ok=True)
             try:
                 done = work.write(partial, reporter)
@@ -157,7 +158,7 @@ def write_tokens(
                     partial, folder, TokenIndex(done.n_tokens, done.n_documents, done.n_bytes, dtype.str)
                 )
             finally:
-                if not (partial / JOURNAL).exists():
+                if owner or folder.is_dir() or not (partial / JOURNAL).exists():
                     shutil.rmtree(partial, ignore_errors=True)
             (folder / JOURNAL).unlink(missing_ok=True)
     except OSError as error:

@@ -1,5 +1,6 @@
 """The same tokens whatever the workers, the shards and the interruptions; and nothing is left running or lying about."""
 
+import errno
 import json
 import os
 import random
@@ -193,6 +194,7 @@ def model(tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "a.model"
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_no_worker_and_lose_no_document(
     tokenizer, documents, jsonl: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +243,27 @@ def test_the_lock_of_a_dead_process_does_not_hold(tmp_path: Path) -> None:
     with sole_writer(tmp_path / "lock", SilentReporter()):
         assert (tmp_path / "lock").exists()
     assert not (tmp_path / "lock").exists()
+
+
+def test_without_locks_nobody_shares_an_unfinished_file(
+    tokenizer, documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(tokenising, "_CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenising, "_JOURNAL_BYTES", 1)
+    folder, shards = tmp_path / "made" / "t", shards_of(documents, [7])
+    shared = folder.parent / ".t.part"
+    shared.mkdir(parents=True)
+    (shared / "tokens.bin").write_bytes(b"of another process")
+    with pytest.raises(Stopped):
+        write_tokens(folder, shards, tokenizer, separator="|", reporter=Stopping(5))
+    assert [p.name for p in folder.parent.iterdir()] == [".t.part"]
+    write_tokens(folder, shards, tokenizer, separator="|")
+    assert open_tokens(folder).ids.tolist() == expected(documents, tokenizer)
+    assert (shared / "tokens.bin").read_bytes() == b"of another process"
 
 
 @pytest.mark.parametrize(

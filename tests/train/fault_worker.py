@@ -91,7 +91,7 @@ def child(order: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    planning.trace_activations = lambda *_: Activations(fixed=0, per_sequence=2**20)
+    planning.trace_activations = lambda *_, **__: Activations(fixed=0, per_sequence=2**20)
     planning.measure_cpu_flops = lambda: 1e11
     session.plot_loss = lambda rows, folder, title: folder / "loss.png"
     for line in sys.stdin:
