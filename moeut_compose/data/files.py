@@ -6,21 +6,35 @@ import bz2
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import zlib
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from moeut_compose.data.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from types import ModuleType
 
 UNREADABLE = (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error)
 """What reading a file that is no text, or a damaged archive, raises."""
 
-_OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zstandard(file: BinaryIO) -> BinaryIO:
+    return import_arrow(".zst files").CompressedInputStream(file, "zstd")
+
+
+_UNPACKERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": gzip.open,  # type: ignore[dict-item]
+    ".bz2": bz2.open,  # type: ignore[dict-item]
+    ".xz": lzma.open,  # type: ignore[dict-item]
+    ".zst": _open_zstandard,
+}
 
 
 def expand(patterns: Iterable[str]) -> list[Path]:
@@ -41,24 +55,51 @@ def expand(patterns: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a text file as UTF-8, unpacking it on the way if its name says that it is packed."""
-    opener = _OPENERS.get(path.suffix)
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file's bytes as they lie on disk. Raises `DataError` if it cannot be read."""
     try:
-        if opener is not None:
-            return opener(path, "rt", encoding="utf-8")
-        return path.open(encoding="utf-8")
+        return path.open("rb")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def as_text(file: BinaryIO, path: Path) -> TextIO:
+    """The UTF-8 text of an open file, unpacked on the way if its name says that it is packed."""
+    unpack = _UNPACKERS.get(path.suffix)
+    return io.TextIOWrapper(file if unpack is None else unpack(file), encoding="utf-8")
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a text file as UTF-8, unpacking it on the way if its name says that it is packed."""
+    with open_binary(path) as file, as_text(file, path) as text:
+        yield text
+
+
+def import_arrow(purpose: str) -> ModuleType:
+    """Import `pyarrow`, which unpacks Zstandard and reads Parquet. Raises `DataError` if it is missing."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(
+            f"{purpose} are read by pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    return pyarrow
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; read again only if size or times have changed."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        return _hash(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(path: Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_directory(path: Path) -> None:

@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from moeut_compose.data.errors import DataError
+from moeut_compose.data.shards import StreamShard
 from moeut_compose.data.split import is_held_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import ModuleType
 
+    from moeut_compose.data.sources import Part
     from moeut_compose.spec.recipe import HuggingFaceData
 
 WAYS_OUT = """ways out:
@@ -29,6 +31,9 @@ WAYS_OUT = """ways out:
   - train on your own files: a recipe with data: {kind: text, files: [...]} or {kind: jsonl, files: [...]}
   - download the dataset on a machine with a network; then set HF_HOME to that folder here, with
     recipe.data.streaming=false (HF_HUB_OFFLINE=1 skips looking for a newer version)"""
+
+_NO_CONTENT = {"separator", "max_tokens", "streaming", "workers"}
+"""Options that change no document."""
 
 
 class HubSource:
@@ -38,7 +43,10 @@ class HubSource:
         self._spec = spec
         self.is_remote = spec.streaming
 
-    def documents(self, part: str) -> Iterator[str]:
+    def shards(self, part: Part) -> list[StreamShard]:
+        return [StreamShard(lambda: self.documents(part))]
+
+    def documents(self, part: Part) -> Iterator[str]:
         spec = self._spec
         held_out = spec.validation_split is None
         split = spec.split if part == "train" or held_out else spec.validation_split
@@ -51,8 +59,8 @@ class HubSource:
         except hub_failures() as error:
             raise DataError(f"cannot read the dataset {describe(spec)}: {error}\n{WAYS_OUT}") from error
 
-    def fingerprint(self, part: str) -> str:
-        spec = self._spec.model_dump(mode="json", exclude={"separator", "max_tokens", "streaming"})
+    def fingerprint(self, part: Part) -> str:
+        spec = self._spec.model_dump(mode="json", exclude=_NO_CONTENT)
         return json.dumps(["huggingface", spec, part], sort_keys=True)
 
     def _texts(self, datasets: ModuleType, split: str | None, folder: str | None) -> Iterator[str]:

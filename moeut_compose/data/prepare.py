@@ -58,7 +58,13 @@ def prepare_data(
             recipe.tokenizer, source, vocab_size=vocab_size, separator=data.separator, reporter=reporter
         )
     train = prepare_tokens(
-        source, "train", tokenizer, separator=data.separator, max_tokens=data.max_tokens, reporter=reporter
+        source,
+        "train",
+        tokenizer,
+        separator=data.separator,
+        max_tokens=data.max_tokens,
+        workers=data.workers,
+        reporter=reporter,
     )
     check_length(train, context, recipe)
     validation = prepare_validation(
@@ -82,7 +88,13 @@ def prepare_validation(
     source = open_source(data)
     enough = windows * context + 1 if source.is_remote and windows is not None else None
     tokens = prepare_tokens(
-        source, "validation", tokenizer, separator=data.separator, max_tokens=enough, reporter=reporter
+        source,
+        "validation",
+        tokenizer,
+        separator=data.separator,
+        max_tokens=enough,
+        workers=data.workers,
+        reporter=reporter,
     )
     if tokens.n_windows(context) == 0:
         raise DataError(

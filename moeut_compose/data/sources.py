@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, assert_never
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TextIO, assert_never
 
 from moeut_compose.data.errors import DataError
-from moeut_compose.data.files import UNREADABLE, expand, hash_file, open_text
+from moeut_compose.data.files import UNREADABLE, as_text, expand, hash_file
 from moeut_compose.data.hub import HubSource
+from moeut_compose.data.records import read_records
+from moeut_compose.data.shards import FileShard
 from moeut_compose.data.split import is_held_out
 from moeut_compose.spec.recipe import BuiltinData, HuggingFaceData, JsonlData, TextData
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from moeut_compose.data.shards import Shard
     from moeut_compose.spec.recipe import TextDataSpec
 
 Part = Literal["train", "validation"]
@@ -29,6 +32,9 @@ class Source(Protocol):
 
     is_remote: bool
     """Reading costs network traffic, so no more than needed is read."""
+
+    def shards(self, part: Part) -> Sequence[Shard]:
+        """The pieces of a part, in order."""
 
     def documents(self, part: Part) -> Iterator[str]:
         """Every document of a part, from the first."""
@@ -70,7 +76,7 @@ def builtin_corpus(name: str) -> tuple[Path, Path]:
 
 
 class JsonlSource:
-    """JSON Lines files: one document a line, under one key."""
+    """Files of records, JSON Lines or Parquet: a document is what one key or column holds."""
 
     is_remote = False
 
@@ -79,37 +85,21 @@ class JsonlSource:
         self._field = field
         self._fraction = 0.0 if validation else fraction
 
-    def documents(self, part: Part) -> Iterator[str]:
-        for path in self._files[part]:
-            for text in self._read(path):
+    def shards(self, part: Part) -> list[FileShard]:
+        def read(file: BinaryIO, path: Path) -> Iterator[str]:
+            for text in read_records(file, path, self._field):
                 if not self._fraction or is_held_out(text, self._fraction) == (part == "validation"):
                     yield text
+
+        return [FileShard(path, read) for path in self._files[part]]
+
+    def documents(self, part: Part) -> Iterator[str]:
+        for shard in self.shards(part):
+            yield from shard.documents()
 
     def fingerprint(self, part: Part) -> str:
         hashes = [hash_file(path) for path in self._files[part]]
         return json.dumps(["jsonl", hashes, self._field, self._fraction, part])
-
-    def _read(self, path: Path) -> Iterator[str]:
-        with open_text(path) as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield self._text_of(line, path, number)
-            except UNREADABLE as error:
-                raise DataError(f"{path}: cannot be read as text ({error})") from error
-
-    def _text_of(self, line: str, path: Path, number: int) -> str:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}:{error.colno}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or self._field not in record:
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"{path}:{number}: no key {self._field!r} (found: {keys}); set data.field")
-        text = record[self._field]
-        if not isinstance(text, str):
-            raise DataError(f"{path}:{number}: {self._field} is not a text but {type(text).__name__}")
-        return text
 
 
 class TextSource:
@@ -129,20 +119,28 @@ class TextSource:
         self._document = document
         self._fraction = 0.0 if validation else fraction
 
-    def documents(self, part: Part) -> Iterator[str]:
-        for path in self._files[part]:
+    def shards(self, part: Part) -> list[FileShard]:
+        def read(file: BinaryIO, path: Path) -> Iterator[str]:
             try:
-                yield from self._whole(path, part) if self._document == "file" else self._pieces(path, part)
+                with as_text(file, path) as lines:
+                    yield from (
+                        self._whole(lines, part) if self._document == "file" else self._pieces(lines, part)
+                    )
             except UNREADABLE as error:
                 raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+        return [FileShard(path, read) for path in self._files[part]]
+
+    def documents(self, part: Part) -> Iterator[str]:
+        for shard in self.shards(part):
+            yield from shard.documents()
 
     def fingerprint(self, part: Part) -> str:
         hashes = [hash_file(path) for path in self._files[part]]
         return json.dumps(["text", hashes, self._document, self._fraction, part])
 
-    def _whole(self, path: Path, part: Part) -> Iterator[str]:
-        with open_text(path) as file:
-            text = file.read()
+    def _whole(self, file: TextIO, part: Part) -> Iterator[str]:
+        text = file.read()
         if self._fraction:
             border = self._border(text)
             text = text[:border] if part == "train" else text[border:]
@@ -158,27 +156,25 @@ class TextSource:
                 return found + 1
         return border
 
-    def _pieces(self, path: Path, part: Part) -> Iterator[str]:
-        for text in self._lines(path) if self._document == "line" else self._paragraphs(path):
+    def _pieces(self, file: TextIO, part: Part) -> Iterator[str]:
+        for text in _lines(file) if self._document == "line" else _paragraphs(file):
             if not self._fraction or is_held_out(text, self._fraction) == (part == "validation"):
                 yield text
 
-    @staticmethod
-    def _lines(path: Path) -> Iterator[str]:
-        with open_text(path) as file:
-            for line in file:
-                if line.strip():
-                    yield line.rstrip("\n")
 
-    @staticmethod
-    def _paragraphs(path: Path) -> Iterator[str]:
-        lines: list[str] = []
-        with open_text(path) as file:
-            for line in file:
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).rstrip("\n")
-                    lines = []
-        if lines:
+def _lines(file: TextIO) -> Iterator[str]:
+    for line in file:
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _paragraphs(file: TextIO) -> Iterator[str]:
+    lines: list[str] = []
+    for line in file:
+        if line.strip():
+            lines.append(line)
+        elif lines:
             yield "".join(lines).rstrip("\n")
+            lines = []
+    if lines:
+        yield "".join(lines).rstrip("\n")

@@ -33,7 +33,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         """`model` is the content of a SentencePiece `.model` file. Raises `DataError` if it is not one."""
-        self._model = model
+        self.model = model
+        """What the file holds."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -52,7 +53,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a `.model` file that `load` and SentencePiece itself read."""
-        write_atomically(path, self._model)
+        write_atomically(path, self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -61,7 +62,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the model."""
-        return hashlib.sha256(self._model).hexdigest()
+        return hashlib.sha256(self.model).hexdigest()
 
     @property
     def start_id(self) -> int | None:

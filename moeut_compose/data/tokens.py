@@ -1,7 +1,7 @@
 """Tokenised text on disk: written once, in constant memory, and mapped into memory afterwards.
 
-A token file is a folder with `tokens.bin` (ids, little endian) and `index.json`. It is written beside its
-final place and renamed when complete, so one that exists is whole.
+A token file is a folder with `tokens.bin` (ids, little endian) and `index.json`. It grows beside its final place
+under a journal, from which interrupted work goes on, and is renamed when complete: one that exists is whole.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.files import fsync_directory
+from moeut_compose.data.journal import JOURNAL, sole_writer
 from moeut_compose.data.location import cache_folder
-from moeut_compose.data.tokenizer import with_separator
+from moeut_compose.data.tokenising import Tokenising
 from moeut_compose.progress import SilentReporter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from moeut_compose.data.shards import Shard
     from moeut_compose.data.sources import Part, Source
     from moeut_compose.data.tokenizer import Tokenizer
     from moeut_compose.progress import Reporter
-
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def prepare_tokens(
     *,
     separator: str,
     max_tokens: int | None = None,
+    workers: int | Literal["auto"] = "auto",
     reporter: Reporter | None = None,
 ) -> TokenFile:
     """The tokens of one part of a source, from the cache if they were made before.
@@ -108,13 +109,14 @@ def prepare_tokens(
         source, part, tokenizer, separator=separator, max_tokens=max_tokens
     )
     if not folder.is_dir():
-        texts = with_separator(source.documents(part), separator)
         write_tokens(
             folder,
-            texts,
+            source.shards(part),
             tokenizer,
+            separator=separator,
             title=f"tokenising {part} text",
             max_tokens=max_tokens,
+            workers=workers,
             reporter=reporter,
         )
     try:
@@ -125,44 +127,46 @@ def prepare_tokens(
 
 def write_tokens(
     folder: Path,
-    texts: Iterable[str],
+    shards: Sequence[Shard],
     tokenizer: Tokenizer,
     *,
+    separator: str = "",
     title: str = "tokenising",
     max_tokens: int | None = None,
+    workers: int | Literal["auto"] = "auto",
     reporter: Reporter | None = None,
 ) -> None:
-    """Tokenise documents into a new token file at `folder`, stopping after `max_tokens` ids."""
+    """Tokenise documents into a new token file at `folder`, stopping after `max_tokens` ids.
+
+    Goes on where an earlier process stopped, and waits while another one is at it. The same ids come out whatever the
+    number of `workers` and of interruptions. Raises `DataError`.
+    """
     reporter = reporter or SilentReporter()
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
-    n_tokens = n_documents = n_bytes = 0
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
+    work = Tokenising(shards, tokenizer, dtype, separator, max_tokens, workers, title)
     try:
-        with (temporary / "tokens.bin").open("wb") as file, reporter.task(title, total=max_tokens) as task:
-            for chunk in chunks(texts, _CHUNK_BYTES):
-                for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-                    kept = ids if max_tokens is None else ids[: max_tokens - n_tokens]
-                    np.asarray(kept, dtype=dtype).tofile(file)
-                    n_tokens += len(kept)
-                    n_documents += 1
-                    n_bytes += round(len(text.encode("utf-8", "replace")) * len(kept) / max(1, len(ids)))
-                    task.advance(len(kept))
-                    if n_tokens == max_tokens:
-                        break
-                if n_tokens == max_tokens:
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-        index = TokenIndex(n_tokens=n_tokens, n_documents=n_documents, n_bytes=n_bytes, dtype=dtype.str)
-        _publish(temporary, folder, index)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with sole_writer(folder.with_name(f".{folder.name}.lock"), reporter) as is_alone:
+            if folder.is_dir():  # made while this process waited
+                return
+            owner = "" if is_alone else f".{os.getpid()}"
+            partial = folder.with_name(f".{folder.name}{owner}.part")
+            partial.mkdir(exist_ok=True)
+            try:
+                done = work.write(partial, reporter)
+                _publish(
+                    partial, folder, TokenIndex(done.n_tokens, done.n_documents, done.n_bytes, dtype.str)
+                )
+            finally:
+                if owner or folder.is_dir() or not (partial / JOURNAL).exists():
+                    shutil.rmtree(partial, ignore_errors=True)
+            (folder / JOURNAL).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write tokens to {folder.parent}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(temporary: Path, folder: Path, index: TokenIndex) -> None:
+    """Give a folder with whole, flushed tokens its index and its final name."""
     with (temporary / "index.json").open("w") as file:
         json.dump(asdict(index), file)
         file.flush()
@@ -196,17 +200,3 @@ def save_head(tokens: TokenFile, folder: Path, n_tokens: int | None) -> None:
         _publish(temporary, folder, index)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def chunks(texts: Iterable[str], max_bytes: int) -> Iterator[list[str]]:
-    """Consecutive texts in lists of about `max_bytes` characters, never splitting one."""
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= max_bytes:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

@@ -33,6 +33,8 @@ class DataOptions(Spec):
     """Text appended to each non-empty document before tokenisation; empty for none."""
     max_tokens: LargeCount | None = None
     """Stop tokenising the training text here; none: all of it."""
+    workers: Count | Literal["auto"] = "auto"
+    """Processes that tokenise; they change no token. Auto: the CPUs at hand up to 8, and none for a small text."""
 
 
 class BuiltinData(DataOptions):
@@ -43,7 +45,7 @@ class BuiltinData(DataOptions):
 
 
 class TextData(DataOptions):
-    """Plain text files; `.gz`, `.bz2` and `.xz` are unpacked on the way."""
+    """Plain text files; `.gz`, `.bz2`, `.xz` and `.zst` are unpacked on the way."""
 
     kind: Literal["text"] = "text"
     files: Annotated[list[Name], Field(min_length=1)]
@@ -57,13 +59,13 @@ class TextData(DataOptions):
 
 
 class JsonlData(DataOptions):
-    """JSON Lines files, one document a line; `.gz`, `.bz2` and `.xz` are unpacked on the way."""
+    """Files of records, one document each: JSON Lines (`.gz`, `.bz2`, `.xz`, `.zst` are unpacked) or `.parquet`."""
 
     kind: Literal["jsonl"] = "jsonl"
     files: Annotated[list[Name], Field(min_length=1)]
     """Paths or glob patterns, relative to the working directory."""
     field: Name = "text"
-    """The key that holds the text."""
+    """The key or column that holds the text."""
     validation_files: list[Name] = Field(default=[])
     """Held-out documents; none: `validation_fraction` of `files`."""
     validation_fraction: ProperFraction = 0.01

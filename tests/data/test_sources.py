@@ -1,11 +1,15 @@
 """Sources give every document once, hold some out, and say what is wrong with a file."""
 
+import bz2
 import gzip
 import json
 import lzma
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.hub import take_turns
@@ -37,6 +41,91 @@ def test_packed_files(tmp_path: Path, suffix: str, opener) -> None:
         file.write('{"text": "größer"}\n\n{"text": "than"}\n')
     source = open_source(JsonlData(files=[str(path)], validation_files=[str(path)]))
     assert list(source.documents("train")) == ["größer", "than"]
+
+
+def write_records(path: Path, documents: list[str], n_bytes: int | None = None) -> Path:
+    """Documents in the format that the name says; `n_bytes` leaves so many of the file."""
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)).encode()
+    match path.suffix:
+        case ".parquet":
+            parquet.write_table(
+                pyarrow.table({"id": range(len(documents)), "text": documents}), path, row_group_size=40
+            )
+        case ".zst":
+            half = len(lines) // 2  # two frames, as parallel packers write them
+            path.write_bytes(
+                b"".join(
+                    pyarrow.compress(part, "zstd", asbytes=True) for part in (lines[:half], lines[half:])
+                )
+            )
+        case suffix:
+            pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".jsonl": bytes}[suffix]
+            path.write_bytes(pack(lines))
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    return path
+
+
+RECORDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"]
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path, documents: list[str]) -> None:
+    documents = ["größer 鯨", "", *documents]
+    for number, name in enumerate(RECORDS):
+        write_records(tmp_path / f"{number}-{name}", documents)
+    (tmp_path / "held.jsonl").write_text("")
+    held = [str(tmp_path / "held.jsonl")]
+    source = open_source(JsonlData(files=[str(tmp_path / "?-*")], validation_files=held))
+    assert [list(shard.documents()) for shard in source.shards("train")] == [documents] * len(RECORDS)
+    assert list(source.documents("train")) == documents * len(RECORDS)
+    for shard in source.shards("train"):
+        assert shard.n_read() == 0
+        assert len(list(shard.documents())) == len(documents)
+        assert shard.n_read() == shard.n_bytes()
+
+
+@pytest.mark.parametrize("name", RECORDS[1:])
+@pytest.mark.parametrize("n_bytes", [0.02, 0.5, 0.98])
+def test_a_truncated_shard_is_named(tmp_path: Path, documents: list[str], name: str, n_bytes: float) -> None:
+    size = write_records(tmp_path / name, documents).stat().st_size
+    path = write_records(tmp_path / name, documents, int(size * n_bytes))
+    source = open_source(JsonlData(files=[str(path)], validation_files=[str(path)]))
+    with pytest.raises(DataError, match=rf"{name}: cannot be read as (text|Parquet)"):
+        list(source.documents("train"))
+
+
+def test_damage_inside_a_parquet_file_is_named(tmp_path: Path, documents: list[str]) -> None:
+    path = write_records(tmp_path / "a.parquet", documents)
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    path.write_bytes(content)
+    source = open_source(JsonlData(files=[str(path)], validation_files=[str(path)]))
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet"):
+        list(source.documents("train"))
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        ({"body": ["a"]}, r"a\.parquet: no column 'text' \(found: body\); set data\.field"),
+        ({"text": ["a", None]}, r"a\.parquet: row 2: text is not a text but NoneType"),
+        ({"text": [1]}, r"a\.parquet: row 1: text is not a text but int"),
+    ],
+)
+def test_bad_parquet_is_named(tmp_path: Path, column: dict, says: str) -> None:
+    parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+    files = [str(tmp_path / "a.parquet")]
+    with pytest.raises(DataError, match=says):
+        list(open_source(JsonlData(files=files, validation_files=files)).documents("train"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+def test_without_pyarrow_the_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    files = [str(write_records(tmp_path / name, ["one"]))]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        list(open_source(JsonlData(files=files, validation_files=files)).documents("train"))
 
 
 def test_the_end_of_a_text_file_is_held_out(tmp_path: Path) -> None:

@@ -5,13 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeut_compose.data import tokenising
 from moeut_compose.data import tokens as module
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.prepare import prepare_data
+from moeut_compose.data.shards import StreamShard
 from moeut_compose.data.sources import open_source
 from moeut_compose.data.tokenizer import Tokenizer, train_tokenizer, with_separator
 from moeut_compose.data.tokens import open_tokens, prepare_tokens, save_head, write_tokens
 from moeut_compose.spec.recipe import BatchSpec, JsonlData, RecipeSpec, TrainSentencePiece
+
+
+def at_hand(*documents: str) -> StreamShard:
+    return StreamShard(lambda: documents)
 
 
 @pytest.fixture
@@ -22,19 +28,18 @@ def tokenizer(documents: list[str]) -> Tokenizer:
 def test_documents_are_encoded_one_by_one_and_joined(
     tokenizer: Tokenizer, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 1500)
-    texts = list(with_separator(["", *documents], "<STORY_SEP>"))
-    write_tokens(tmp_path / "tokens", texts, tokenizer)
+    monkeypatch.setattr(tokenising, "_CHUNK_CHARACTERS", 1500)
+    write_tokens(tmp_path / "tokens", [at_hand("", *documents, "")], tokenizer, separator="<STORY_SEP>")
     tokens = open_tokens(tmp_path / "tokens")
     expected = [token for text in documents for token in tokenizer.encode(text + "<STORY_SEP>")]
     assert tokens.ids.tolist() == expected
     assert tokens.ids.dtype == np.uint16
     assert tokens.index.n_documents == len(documents)
-    assert tokens.index.n_bytes == sum(len(text.encode()) for text in texts)
+    assert tokens.index.n_bytes == sum(len(f"{text}<STORY_SEP>".encode()) for text in documents)
 
 
 def test_windows_share_one_token(tokenizer: Tokenizer, documents: list[str], tmp_path: Path) -> None:
-    write_tokens(tmp_path / "tokens", documents, tokenizer, max_tokens=101)
+    write_tokens(tmp_path / "tokens", [at_hand(*documents)], tokenizer, max_tokens=101)
     tokens = open_tokens(tmp_path / "tokens")
     assert tokens.n_windows(20) == 5
     windows = tokens.windows([0, 1, 4], 20)
@@ -47,9 +52,9 @@ def test_windows_share_one_token(tokenizer: Tokenizer, documents: list[str], tmp
 def test_max_tokens_stops_reading(tokenizer: Tokenizer, documents: list[str], tmp_path: Path) -> None:
     read: list[str] = []
     endless = (read.append(text) or text for _ in range(10**9) for text in documents)
-    write_tokens(tmp_path / "tokens", endless, tokenizer, max_tokens=1000)
+    write_tokens(tmp_path / "tokens", [StreamShard(lambda: endless)], tokenizer, max_tokens=1000)
     assert open_tokens(tmp_path / "tokens").index.n_tokens == 1000
-    assert len("".join(read)) < 2 * module._CHUNK_BYTES
+    assert len("".join(read)) < 2 * tokenising._CHUNK_CHARACTERS
 
 
 def test_tokens_are_made_once_and_again_when_anything_changes(
@@ -79,7 +84,7 @@ def test_a_failure_leaves_nothing_behind(tokenizer: Tokenizer, documents: list[s
 
     folder = tmp_path / "made" / "tokens"
     with pytest.raises(DataError, match="the source broke"):
-        write_tokens(folder, failing(), tokenizer)
+        write_tokens(folder, [StreamShard(failing)], tokenizer)
     assert list(folder.parent.iterdir()) == []
 
 
@@ -93,7 +98,7 @@ def test_a_truncated_file_is_noticed(tokenizer: Tokenizer, jsonl: Path, cache_fo
 
 
 def test_the_head_of_a_file(tokenizer: Tokenizer, documents: list[str], tmp_path: Path) -> None:
-    write_tokens(tmp_path / "all", documents, tokenizer)
+    write_tokens(tmp_path / "all", [at_hand(*documents)], tokenizer)
     whole = open_tokens(tmp_path / "all")
     save_head(whole, tmp_path / "head", 300)
     head = open_tokens(tmp_path / "head")
