@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moeut_compose.blocks.roles import Call
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
+MODES: tuple[ActivationCheckpointing, ...] = ("full", "selective")
 
 _CHOICES = frozenset({torch.ops.aten.topk.default, torch.ops.moeut.topk.default})
 _PRODUCTS = frozenset(
