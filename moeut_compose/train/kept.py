@@ -67,7 +67,7 @@ def trace_kept(
     model = build_model(spec, device="meta").train()
 
     def measure(batch: int) -> dict[ActivationCheckpointing, int]:
-        trace = _run(model, batch, context, precision, device_type=device_type, merges_casts=compiled)
+        trace = _run(model, batch, context, precision, device_type=device_type, compiled=compiled)
         return trace.bytes(
             _Sizes(spec, batch, context, on_cuda=device_type == "cuda", compiled=compiled), spec.depth
         )
@@ -85,9 +85,10 @@ def _line(two: int, three: int) -> Kept:
 class _Trace(TorchDispatchMode):
     """What a forward pass saves, and for tensors made by a layer, which of its applications made them."""
 
-    def __init__(self, own: set[int]) -> None:
+    def __init__(self, own: set[int], *, compiled: bool) -> None:
         super().__init__()
         self._own = own
+        self._compiled = compiled
         self._saved: dict[int, Tensor] = {}
         self._made: dict[int, int | None] = {}
         self._elsewhere: set[int] = set()
@@ -121,7 +122,7 @@ class _Trace(TorchDispatchMode):
         self._made |= {_address(tensor): self._now for tensor in new if _address(tensor) not in old}
         if self._now is not None:
             for mode, kept in self._kept.items():
-                kept += new if keeps(mode, func) else ()
+                kept += new if keeps(mode, func, compiled=self._compiled) else ()
         return out
 
     def bytes(self, sizes: _Sizes, depth: int) -> dict[ActivationCheckpointing, int]:
@@ -174,7 +175,7 @@ def _run(
     precision: PrecisionName,
     *,
     device_type: str,
-    merges_casts: bool,
+    compiled: bool,
 ) -> _Trace:
     """A training forward pass; one tensor stands for each storage that it saves, weights and buffers left out."""
     backend = moeut_kernels.backend()
@@ -185,7 +186,7 @@ def _run(
             name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        trace = _Trace({_address(tensor) for tensor in weights.values()})
+        trace = _Trace({_address(tensor) for tensor in weights.values()}, compiled=compiled)
         ids = torch.zeros(batch, context, dtype=torch.long)
         dtype = _DTYPES.get(precision)
         with ExitStack() as stack:
@@ -199,7 +200,7 @@ def _run(
                 torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
             )
             stack.enter_context(trace)
-            if merges_casts:
+            if compiled:
                 stack.enter_context(_OneCast())
             functional_call(model, weights, (ids,), {"targets": ids})
         return trace

@@ -43,15 +43,17 @@ _PRODUCTS = frozenset(
 )
 
 
-def keeps(mode: ActivationCheckpointing, op: Any) -> bool:
+def keeps(mode: ActivationCheckpointing, op: Any, *, compiled: bool) -> bool:
     """Whether a checkpointed layer keeps what the operator `op` returned.
 
-    Choices and draws always; `selective` also attention, the order of slots by expert, and expert products.
+    Choices and draws always; `selective` also attention, the order of slots by expert, and expert products. Compiled
+    layers always keep attention: it could draw a dropout, and to run it again the compiler would save and set random
+    states, which a CUDA graph cannot record.
     """
     is_attention = "scaled_dot_product" in op.name()
     is_draw = torch.Tag.nondeterministic_seeded in op.tags and not is_attention
     assert not (is_draw and op._schema.is_mutable), f"{op.name()} draws in place, which cannot be kept"
-    if op in _CHOICES or is_draw:
+    if op in _CHOICES or is_draw or (is_attention and compiled):
         return True
     return mode == "selective" and (is_attention or op in _PRODUCTS)
 
@@ -100,7 +102,7 @@ def recomputed(forward: Callable[..., Run], mode: ActivationCheckpointing) -> Ca
 
 def _policy(mode: ActivationCheckpointing, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """For compiled layers, whose partitioner obeys it."""
-    known = isinstance(op, torch._ops.OpOverload) and keeps(mode, op)
+    known = isinstance(op, torch._ops.OpOverload) and keeps(mode, op, compiled=True)
     return CheckpointPolicy.MUST_SAVE if known else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -124,7 +126,9 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if keeps(self._mode, func):  # detached, or the results would hold the graph that holds them
+        if keeps(
+            self._mode, func, compiled=False
+        ):  # detached, or the results would hold the graph that holds them
             self._kept[func].append(tree_map_only(Tensor, torch.detach, out))
         return out
 
@@ -138,6 +142,6 @@ class _Find(TorchDispatchMode):
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if keeps(self._mode, func):
+        if keeps(self._mode, func, compiled=False):
             return self._kept[func].popleft()
         return func(*args, **(kwargs or {}))
