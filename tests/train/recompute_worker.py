@@ -1,6 +1,6 @@
 """What `test_recompute.py` starts under torchrun: a few steps with activation checkpointing, by every engine.
 
-`python recompute_worker.py OUT` writes `OUT/<architecture>-<engine>-<mode>.safetensors`; alone, without checkpointing.
+`recompute_worker.py OUT` writes `OUT/<architecture>-<engine>-<mode>.safetensors`, also without checkpointing.
 """
 
 import sys
@@ -21,12 +21,12 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     world = started_world()
     world.open(torch.device("cpu"))
-    shared = [(engine, mode) for engine in ("ddp", "fsdp") for mode in MODES]
     for name in ARCHITECTURES:
-        for engine, mode in shared if world.size > 1 else [("alone", "none")]:
-            weights = train(name, engine, world, steps=STEPS, checkpointing=mode)
-            if world.is_main:
-                save_file(weights, out / f"{name}-{engine}-{mode}.safetensors")
+        for engine in ("ddp", "fsdp"):
+            for mode in ("none", *MODES):
+                weights = train(name, engine, world, steps=STEPS, checkpointing=mode)
+                if world.is_main:
+                    save_file(weights, out / f"{name}-{engine}-{mode}.safetensors")
     world.close()
 
 
