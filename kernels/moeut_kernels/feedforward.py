@@ -276,18 +276,19 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return *(None,) * 16, [None] * ctx.n_tickets
+    saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
     needs = ctx.needs_input_grad
     hand_in = ctx.n_tickets > 0 and any(needs[16])
     wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
     *grads, d_pre, gated, slots, offsets = torch.ops.moeut.expert_feedforward_backward(
-        grad, *ctx.saved_tensors, ctx.activation, wants, hand_in, ctx.backend
+        grad, *saved, ctx.activation, wants, hand_in, ctx.backend
     )
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (
         g if wanted else None for g, wanted in zip(grads, wants, strict=True)
     )
     messages: list[Tensor | None] = [None] * ctx.n_tickets
     if hand_in:
-        x, hidden = ctx.saved_tensors[0], ctx.saved_tensors[13] if ctx.backend == "triton" else gated
+        x, hidden = saved[0], saved[13] if ctx.backend == "triton" else gated
         messages = [x, d_pre, slots, offsets, hidden, grad, slots, offsets]
     return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages
 

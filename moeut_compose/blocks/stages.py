@@ -33,6 +33,8 @@ class Stage(nn.Module):
 
     skips_resting: bool
     """Leave tokens at rest out of expert products: less work, the same results, a wait for the device."""
+    defers: bool
+    """Form the gradients of experts once for all their uses: less traffic, but rows of all uses stay to the end."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.skips_resting = False
+        self.defers = True
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
         self.halting = halting
@@ -104,7 +107,7 @@ class Stage(nn.Module):
 
     def _tickets(self, x: Tensor, copies: Sequence[Copies | None]) -> list[Iterator[Tickets]]:
         """For each member that runs several times, tickets of its calls: gradients of its experts are formed once."""
-        if not torch.is_grad_enabled() or self.skips_resting:
+        if not torch.is_grad_enabled() or self.skips_resting or not self.defers:
             return [iter(()) for _ in self.layers]
         members = [member for member, _ in self.schedule]
         n_calls = [members.count(member) for member in range(len(self.layers))]
@@ -144,3 +147,10 @@ def skip_resting(model: nn.Module, skip: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, Stage):
             module.skips_resting = skip
+
+
+def defer_gradients(model: nn.Module, defer: bool = True) -> None:
+    """Let all stages of `model` form the gradients of expert weights once for all their uses, or use by use."""
+    for module in model.modules():
+        if isinstance(module, Stage):
+            module.defers = defer

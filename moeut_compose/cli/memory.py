@@ -78,8 +78,9 @@ def _estimate(
 
     activations = trace_activations(spec, seq_len, precision, device_type=device_type, compiled=compiled)
     n_params = spec.num_params()
-    plain, checkpointed = (
-        estimate_memory(n_params, parts, batch) for parts in (activations, activations.checkpointed())
+    plain, selective, checkpointed = (
+        estimate_memory(n_params, parts, batch)
+        for parts in (activations, activations.checkpointed("selective"), activations.checkpointed("full"))
     )
     return {
         "name": spec.name,
@@ -92,6 +93,8 @@ def _estimate(
         "optimizer": plain.optimizer,
         "activations": plain.activations,
         "peak": plain.peak,
+        "activations_selective": selective.activations,
+        "peak_selective": selective.peak,
         "activations_checkpointed": checkpointed.activations,
         "peak_checkpointed": checkpointed.peak,
         "kv_cache": count_cache(spec).to_dict(),
@@ -110,8 +113,10 @@ _TITLES = {
     "optimizer": "optimiser, two moments",
     "activations": "activations",
     "peak": "peak",
-    "activations_checkpointed": "activations, checkpointed",
-    "peak_checkpointed": "peak, checkpointed",
+    "activations_selective": "activations, selective checkpointing",
+    "peak_selective": "peak, selective checkpointing",
+    "activations_checkpointed": "activations, full checkpointing",
+    "peak_checkpointed": "peak, full checkpointing",
 }
 
 

@@ -17,6 +17,9 @@ def print_plan(plan: "TrainingPlan") -> None:
     memory = plan.memory
     free = f" of {_gib(plan.free_memory)} free" if plan.free_memory is not None else ""
     parts = f"{plan.accumulation} x {plan.micro_batch}" if plan.accumulation > 1 else "all at once"
+    mode = plan.activation_checkpointing
+    how = "" if mode == "none" else f", with {mode} activation checkpointing"
+    others = {"selective": plan.memory_selective, "full": plan.memory_checkpointed}
     rows = [
         ("architecture", plan.architecture),
         ("recipe", plan.recipe),
@@ -26,16 +29,20 @@ def print_plan(plan: "TrainingPlan") -> None:
         ("batch", f"{plan.batch_size} sequences of {plan.context} tokens, {parts}"),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}"),
-        ("memory", f"about {_gib(memory.total)}{free}"),
+        ("memory", f"about {_gib(memory.total)}{free}{how}"),
         (
             "",
             f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
             f"optimiser {_gib(memory.optimizer)}, activations {_gib(memory.activations)}",
         ),
-        (
-            "",
-            f"with activation checkpointing about {_gib(plan.memory_checkpointed.total)}, "
-            f"activations {_gib(plan.memory_checkpointed.activations)}",
+        *(
+            (
+                "",
+                f"with {name} activation checkpointing about {_gib(other.total)}, "
+                f"activations {_gib(other.activations)}",
+            )
+            for name, other in others.items()
+            if name != mode
         ),
     ]
     if plan.seconds is not None:

@@ -284,6 +284,9 @@ class RecipeSpec(Spec):
     """Arithmetic of the training step; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile each distinct layer with torch.compile; auto: leave it off."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Save memory: run layers again in the backward pass, with the same experts. Of each the input is kept (full), or
+    also what is dear to compute, attention and expert products (selective)."""
     cuda_graph: bool = False
     """On CUDA, record forward and backward once and replay them: no time is lost between kernels."""
     backend: Literal["auto", "triton", "torch", "grouped_mm"] = "auto"

@@ -7,30 +7,38 @@ what it saves. What compiled layers save instead follows by four rules, which th
 - inside a layer, the output of a block is kept in the dtype of products, and the residual sum formed again;
 - a router keeps its scores instead of their float32 softmax;
 - the backward of ReLU in a dense feedforward reads a mask of one byte.
+
+Layers that run again in the backward pass keep their inputs, what `recompute.py` names, and for a moment all that one
+of them saves: so the trace notes where each tensor was made.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import moeut_kernels
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from moeut_compose.blocks.layers import Layer
 from moeut_compose.build import build_model
 from moeut_compose.spec.feedforwards import DenseSpec
+from moeut_compose.train.recompute import MODES, keeps
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moeut_compose.blocks.model import LanguageModel
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.train.device import PrecisionName
+    from moeut_compose.train.recompute import ActivationCheckpointing
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD_ALIGNMENT = 8
@@ -43,8 +51,8 @@ class Kept:
 
     fixed: int
     per_sequence: int
-    per_sequence_checkpointed: int
-    """With full activation checkpointing: the inputs of all layer applications, and one of these run again."""
+    checkpointed: Mapping[ActivationCheckpointing, Kept] = field(default_factory=dict)
+    """The same with activation checkpointing: what layers keep, and what the largest saves when it runs again."""
 
 
 def trace_kept(
@@ -58,17 +66,89 @@ def trace_kept(
     """Trace two and three sequences of `context` tokens; the difference is what every further one adds."""
     model = build_model(spec, device="meta").train()
 
-    def measure(batch: int) -> int:
-        saved = _saved(model, batch, context, precision, device_type=device_type, merges_casts=compiled)
-        sizes = _Sizes(spec, batch, context, on_cuda=device_type == "cuda", compiled=compiled)
-        return sum(sizes.of(tensor) for tensor in saved) + sizes.masks()
+    def measure(batch: int) -> dict[ActivationCheckpointing, int]:
+        trace = _run(model, batch, context, precision, device_type=device_type, compiled=compiled)
+        return trace.bytes(
+            _Sizes(spec, batch, context, on_cuda=device_type == "cuda", compiled=compiled), spec.depth
+        )
 
     two, three = measure(2), measure(3)  # one alone is special: what is transposed there is not copied
-    per_sequence = three - two
-    fixed = max(0, two - 2 * per_sequence)
-    inputs = 4 * context * spec.d_model * (spec.depth + 1)
-    again = max(0, per_sequence - inputs) // spec.depth
-    return Kept(fixed, per_sequence, min(per_sequence, inputs + again))
+    found = {mode: _line(two[mode], three[mode]) for mode in two}
+    plain = found.pop("none")
+    return Kept(plain.fixed, plain.per_sequence, found)
+
+
+def _line(two: int, three: int) -> Kept:
+    return Kept(fixed=max(0, two - 2 * (three - two)), per_sequence=three - two)
+
+
+class _Trace(TorchDispatchMode):
+    """What a forward pass saves, and for tensors made by a layer, which of its applications made them."""
+
+    def __init__(self, own: set[int], *, compiled: bool) -> None:
+        super().__init__()
+        self._own = own
+        self._compiled = compiled
+        self._saved: dict[int, Tensor] = {}
+        self._made: dict[int, int | None] = {}
+        self._elsewhere: set[int] = set()
+        """Saved outside of layers."""
+        self._kept: dict[ActivationCheckpointing, list[Tensor]] = {mode: [] for mode in MODES}
+        self._n_applications = 0
+        self._now: int | None = None
+
+    def enter(self, layer: Layer, args: tuple[Any, ...]) -> None:
+        """Before a layer application: both modes keep its hidden state and context."""
+        self._now = self._n_applications
+        self._n_applications += 1
+        for kept in self._kept.values():
+            kept += args[:2]
+
+    def leave(self, *_: Any) -> None:
+        self._now = None
+
+    def save(self, tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if address not in self._own:
+            self._saved.setdefault(address, tensor)
+            if self._now is None:
+                self._elsewhere.add(address)
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        new = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._made |= {_address(tensor): self._now for tensor in new if _address(tensor) not in old}
+        if self._now is not None:
+            for mode, kept in self._kept.items():
+                kept += new if keeps(mode, func, compiled=self._compiled) else ()
+        return out
+
+    def bytes(self, sizes: _Sizes, depth: int) -> dict[ActivationCheckpointing, int]:
+        """By mode; "none" is all that is saved."""
+        saved = {address: sizes.of(tensor) for address, tensor in self._saved.items()}
+        found: dict[ActivationCheckpointing, int] = {"none": sum(saved.values()) + sizes.masks()}
+        for mode, tensors in self._kept.items():
+            kept = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+            stays, again = (
+                sum(kept.values()),
+                dict.fromkeys(range(self._n_applications), sizes.masks() // depth),
+            )
+            for address, n_bytes in saved.items():
+                place = self._made.get(address)
+                if address in kept:
+                    continue
+                if place is None or address in self._elsewhere:
+                    stays += n_bytes
+                else:
+                    again[place] += n_bytes
+            found[mode] = stays + max(again.values(), default=0)
+        return found
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class _OneCast(TorchDispatchMode):
@@ -88,25 +168,16 @@ class _OneCast(TorchDispatchMode):
         return out if first is out else first.view(out.shape)
 
 
-def _saved(
+def _run(
     model: LanguageModel,
     batch: int,
     context: int,
     precision: PrecisionName,
     *,
     device_type: str,
-    merges_casts: bool,
-) -> list[Tensor]:
-    """One tensor for each storage that a training forward pass saves, weights and buffers left out."""
-    kept: dict[int, Tensor] = {}
-    own: set[int] = set()
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage()._cdata
-        if address not in own:
-            kept.setdefault(address, tensor)
-        return tensor
-
+    compiled: bool,
+) -> _Trace:
+    """A training forward pass; one tensor stands for each storage that it saves, weights and buffers left out."""
     backend = moeut_kernels.backend()
     if backend == "auto" and device_type == "cuda":
         backend = "triton"  # the fake tensors of the trace lie on the CPU
@@ -115,20 +186,24 @@ def _saved(
             name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        own.update(tensor.untyped_storage()._cdata for tensor in weights.values())
+        trace = _Trace({_address(tensor) for tensor in weights.values()}, compiled=compiled)
         ids = torch.zeros(batch, context, dtype=torch.long)
         dtype = _DTYPES.get(precision)
-        with (
-            warnings.catch_warnings(action="ignore"),  # of dtypes that a real step warns of itself
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
-            if merges_casts:
-                with _OneCast():
-                    functional_call(model, weights, (ids,), {"targets": ids})
-            else:
-                functional_call(model, weights, (ids,), {"targets": ids})
-        return list(kept.values())
+        with ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, Layer):
+                    stack.callback(module.register_forward_pre_hook(trace.enter).remove)
+                    stack.callback(module.register_forward_hook(trace.leave).remove)
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # a real step warns of itself
+            stack.enter_context(saved_tensors_hooks(trace.save, lambda tensor: tensor))
+            stack.enter_context(
+                torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+            )
+            stack.enter_context(trace)
+            if compiled:
+                stack.enter_context(_OneCast())
+            functional_call(model, weights, (ids,), {"targets": ids})
+        return trace
 
 
 class _Sizes:

@@ -6,8 +6,9 @@ and what one layer's backward needs besides. `kept.py` says what that is, `works
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moeut_compose.spec.stages import schedule
 from moeut_compose.train.kept import trace_kept
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.train.device import PrecisionName
+    from moeut_compose.train.kept import Kept
+    from moeut_compose.train.recompute import ActivationCheckpointing
 
 _USABLE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that a run may plan with; the rest is for fragments and for what is estimated too low."""
@@ -51,14 +54,14 @@ class Activations:
 
     fixed: int
     per_sequence: int
-    per_sequence_checkpointed: int = 0
-    """The same with full activation checkpointing: every layer application keeps its input and runs again."""
     gradients: tuple[int, ...] = ()
     """Bytes of the gradients that exist after each backward pass through a layer application, in backward order."""
+    by_mode: Mapping[ActivationCheckpointing, Activations] = field(default_factory=dict)
+    """The same with activation checkpointing: layer applications keep little, and one after the other runs again."""
 
-    def checkpointed(self) -> Activations:
-        """These activations under full checkpointing."""
-        return replace(self, per_sequence=self.per_sequence_checkpointed or self.per_sequence)
+    def checkpointed(self, mode: ActivationCheckpointing) -> Activations:
+        """These activations with activation checkpointing, where it was traced."""
+        return self.by_mode.get(mode, self)
 
     def of(self, micro_batch: int) -> int:
         return self.fixed + self.per_sequence * micro_batch
@@ -86,12 +89,13 @@ def trace_activations(
     element = 4 if precision == "fp32" else 2
     gradients, largest = _gradient_growth(spec)
     workspace = context * backward_workspace(spec, context, element, device_type=device_type)
-    return Activations(
-        fixed=kept.fixed + max(largest, loss_workspace(spec, element, compiled=compiled)),
-        per_sequence=kept.per_sequence + workspace,
-        per_sequence_checkpointed=kept.per_sequence_checkpointed + workspace,
-        gradients=gradients,
-    )
+    largest = max(largest, loss_workspace(spec, element, compiled=compiled))
+
+    def with_workspace(part: Kept, **by_mode: Any) -> Activations:
+        return Activations(part.fixed + largest, part.per_sequence + workspace, gradients, **by_mode)
+
+    by_mode = {mode: with_workspace(part) for mode, part in kept.checkpointed.items()}
+    return with_workspace(kept, by_mode=by_mode)
 
 
 def _gradient_growth(spec: ModelSpec) -> tuple[tuple[int, ...], int]:

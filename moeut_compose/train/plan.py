@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeut_compose.spec.model import ModelSpec
     from moeut_compose.spec.recipe import RecipeSpec
     from moeut_compose.train.device import PrecisionName
+    from moeut_compose.train.recompute import ActivationCheckpointing
 
 _CPU_EFFICIENCY = 0.35
 """Share of the speed of a large matrix product that a training step reaches on a CPU."""
@@ -48,7 +49,10 @@ class TrainingPlan:
     tokens_per_step: int
     steps: int
     tokens: int
+    activation_checkpointing: ActivationCheckpointing
     memory: MemoryEstimate
+    memory_selective: MemoryEstimate
+    """The same micro-batch with selective activation checkpointing."""
     memory_checkpointed: MemoryEstimate
     """The same micro-batch with full activation checkpointing."""
     free_memory: int | None
@@ -62,7 +66,8 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        estimates = {"memory": self.memory, "memory_checkpointed": self.memory_checkpointed}
+        names = ("memory", "memory_selective", "memory_checkpointed")
+        estimates: dict[str, MemoryEstimate] = {name: getattr(self, name) for name in names}
         return asdict(self) | {name: memory.to_dict() for name, memory in estimates.items()}
 
 
@@ -89,15 +94,18 @@ def plan_training(
     else:
         micro = choose_micro_batch(
             process_batch,
-            activations=activations,
+            activations=activations.checkpointed(recipe.activation_checkpointing),
             n_params=params.total,
             context=context,
             device=place,
             free=free,
         )
-    memory, checkpointed = (
-        estimate_memory(params.total, parts, micro, accumulates=micro < recipe.batch.size)
-        for parts in (activations, activations.checkpointed())
+    modes: tuple[ActivationCheckpointing, ...] = (recipe.activation_checkpointing, "selective", "full")
+    memory, selective, checkpointed = (
+        estimate_memory(
+            params.total, activations.checkpointed(mode), micro, accumulates=micro < recipe.batch.size
+        )
+        for mode in modes
     )
     tokens_per_step = recipe.batch.size * context
     macs = count_macs(spec, context).total_per_token
@@ -122,7 +130,9 @@ def plan_training(
         tokens_per_step=tokens_per_step,
         steps=steps,
         tokens=steps * tokens_per_step,
+        activation_checkpointing=recipe.activation_checkpointing,
         memory=memory,
+        memory_selective=selective,
         memory_checkpointed=checkpointed,
         free_memory=free,
         lr_curve=lr_curve(recipe, steps),

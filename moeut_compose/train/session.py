@@ -28,6 +28,7 @@ from moeut_compose.train.modes import compile_layers
 from moeut_compose.train.parallel import spread
 from moeut_compose.train.plot import plot_loss
 from moeut_compose.train.prefetch import Prefetcher
+from moeut_compose.train.recompute import checkpoint_layers
 from moeut_compose.train.result import TrainResult, columns_of, from_columns
 from moeut_compose.train.saving import Saver
 from moeut_compose.train.signals import StopRequested
@@ -125,6 +126,7 @@ class Session:
                 and (state.get("world_size", 1) == self._world.size)
             ):
                 self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
+        checkpoint_layers(self._model, self._recipe.activation_checkpointing)
         if self._recipe.compile is True:
             compile_layers(self._model)
         step = self._trainer.step

@@ -16,8 +16,8 @@ def test_the_parts_and_the_peak(cli, cli_json) -> None:
             < row["peak"]
             < sum(row[part] for part in ("weights", "gradients", "optimizer", "activations"))
         )
-        assert row["activations_checkpointed"] < row["activations"]
-        assert row["peak_checkpointed"] < row["peak"]
+        assert row["activations_checkpointed"] < row["activations_selective"] < row["activations"]
+        assert row["peak_checkpointed"] < row["peak_selective"] < row["peak"]
     assert moeut["weights"] == 4 * 2_460_928
     assert moeut["kv_cache"]["bytes_per_token"]["bf16"] == 3072
     lines = cli("memory", "dense_tiny", "moeut_tiny", "--seq-len", "64").stdout.splitlines()
@@ -49,6 +49,7 @@ def test_a_dry_run_shows_the_parts(cli) -> None:
         "gradients ",
         "optimiser ",
         "activations ",
-        "with activation checkpointing about",
+        "with selective activation checkpointing about",
+        "with full activation checkpointing about",
     ):
         assert word in shown

@@ -18,6 +18,7 @@ from moeut_compose.train.checkpoint import weights_of
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.loop import Trainer
 from moeut_compose.train.parallel import collect, spread
+from moeut_compose.train.recompute import checkpoint_layers
 from moeut_compose.world import started_world
 
 SMALL = ["vocab_size=60", "context_length=16", "d_model=32"]
@@ -57,9 +58,12 @@ def main(out: Path) -> None:
     world.close()
 
 
-def train(name: str, parallelism: str, world) -> dict[str, torch.Tensor]:
+def train(
+    name: str, parallelism: str, world, *, steps: int = STEPS, checkpointing: str = "none"
+) -> dict[str, torch.Tensor]:
     model = build_model(load_spec(name, SMALL + ARCHITECTURES[name]), dtype=torch.float64, seed=1)
     engine = spread(model, world, parallelism, graphed=False)
+    checkpoint_layers(model, checkpointing)
     trainer = Trainer(
         model,
         optimizer=AdamWSpec(lr=3e-3),
@@ -73,7 +77,7 @@ def train(name: str, parallelism: str, world) -> dict[str, torch.Tensor]:
     )
     own = BATCH // world.size
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         batch = torch.randint(0, 60, (BATCH, 17), generator=torch.Generator().manual_seed(step % 2))
         values = trainer.train_step(batch[world.rank * own : (world.rank + 1) * own])
         losses.append(torch.stack([values["loss"], values["grad_norm"]]))

@@ -1,6 +1,8 @@
 """The memory estimate against tensors that are really saved, against the partitioner, and against measured peaks."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import moeut_kernels as mk
@@ -8,11 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from moeut_compose.build import build_model
 from moeut_compose.spec.find import list_specs
 from moeut_compose.spec.io import load_spec
 from moeut_compose.spec.model import ModelSpec
+from moeut_compose.train import recompute
 from moeut_compose.train.kept import trace_kept
 from moeut_compose.train.memory import (
     Activations,
@@ -20,6 +24,7 @@ from moeut_compose.train.memory import (
     estimate_memory,
     trace_activations,
 )
+from moeut_compose.train.recompute import ActivationCheckpointing, checkpoint_layers
 from tests.strategies import model_specs
 
 TINY = [found.name for found in list_specs("architectures") if found.name.endswith("_tiny")]
@@ -36,7 +41,13 @@ MEASURED = [
 """GiB at the peak of a compiled step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md."""
 
 
-def really_saved(spec: ModelSpec, batch: int, context: int, dtype: torch.dtype | None) -> int:
+def really_saved(
+    spec: ModelSpec,
+    batch: int,
+    context: int,
+    dtype: torch.dtype | None,
+    mode: ActivationCheckpointing = "none",
+) -> int:
     """Bytes that a forward pass on real tensors saves, weights left out."""
     model = build_model(spec).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
@@ -50,9 +61,32 @@ def really_saved(spec: ModelSpec, batch: int, context: int, dtype: torch.dtype |
 
     ids = torch.zeros(batch, context, dtype=torch.long)
     autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    with warnings.catch_warnings(action="ignore"), saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+    with (
+        warnings.catch_warnings(action="ignore"),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+        autocast,
+        results_kept_by_layers() as results,
+    ):
+        checkpoint_layers(model, mode)
         model(ids, targets=ids)
+    for tensor in results():
+        keep(tensor)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@contextmanager
+def results_kept_by_layers() -> Iterator[Any]:
+    """What checkpointed layers hold besides saved tensors: results of operators."""
+    stores, contexts = [], recompute._contexts
+
+    def watched(mode: ActivationCheckpointing) -> Any:
+        keep, find = contexts(mode)
+        stores.append(keep._kept)
+        return keep, find
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "_contexts", watched)
+        yield lambda: [t for store in stores for t in tree_leaves([list(d) for d in store.values()])]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +103,24 @@ def test_the_trace_is_what_a_forward_pass_saves(name: str, precision: Any, dtype
     two, four = (really_saved(spec, batch, 64, dtype) for batch in (2, 4))
     assert 2 * kept.per_sequence == pytest.approx(four - two, rel=1e-3)
     assert kept.fixed + 2 * kept.per_sequence == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("name", ["dense_tiny", "moeut_tiny", "sut_tiny", "aux_free_moe_tiny"])
+def test_the_trace_is_what_checkpointed_layers_keep(name: str, mode: ActivationCheckpointing) -> None:
+    """Besides, one application's worth is counted: what runs again is there for a moment."""
+    spec = load_spec(name)
+    kept = trace_kept(spec, 64, "bf16")
+    two, four = (really_saved(spec, batch, 64, torch.bfloat16, mode) for batch in (2, 4))
+    stays = (four - two) / 2
+    again = kept.checkpointed[mode].per_sequence - stays
+    assert 0 < again < 1.1 * kept.per_sequence / spec.depth
+    assert stays + again < kept.per_sequence
+    deep = load_spec(name, [f"stages.0.repeats={2 * spec.stages[0].repeats}"])
+    per_depth = (really_saved(deep, 4, 64, torch.bfloat16, mode) - four) / (deep.depth - spec.depth)
+    deeper = trace_kept(deep, 64, "bf16").checkpointed[mode]
+    traced = 4 * (deeper.per_sequence - kept.checkpointed[mode].per_sequence) / (deep.depth - spec.depth)
+    assert traced == pytest.approx(per_depth, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -119,7 +171,9 @@ def test_compiled_layers_and_checkpoints_keep_less() -> None:
     eager, compiled = (trace_kept(spec, 128, "bf16", device_type="cuda", compiled=c) for c in (False, True))
     assert compiled.per_sequence < 0.92 * eager.per_sequence
     inputs = 4 * 128 * 1024 * 19
-    assert inputs < compiled.per_sequence_checkpointed < 2 * inputs
+    full, selective = (compiled.checkpointed[mode].per_sequence for mode in ("full", "selective"))
+    assert inputs < full < 2 * inputs
+    assert full < selective < compiled.per_sequence
 
 
 def test_gradients_come_as_activations_go() -> None:
@@ -175,7 +229,7 @@ def test_any_architecture_can_be_estimated(spec: ModelSpec) -> None:
         found = trace_activations(
             spec, spec.context_length, precision, device_type=device_type, compiled=compiled
         )
-        assert 0 < found.per_sequence_checkpointed <= found.per_sequence
+        assert 0 < found.checkpointed("full").per_sequence <= found.checkpointed("selective").per_sequence
         assert len(found.gradients) == spec.depth
 
 

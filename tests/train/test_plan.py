@@ -8,7 +8,7 @@ import torch
 
 from moeut_compose.spec.io import load_recipe, load_spec
 from moeut_compose.spec.model import ModelSpec
-from moeut_compose.spec.recipe import RecipeSpec
+from moeut_compose.spec.recipe import BatchSpec, RecipeSpec
 from moeut_compose.train import plan as module
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.errors import TrainError
@@ -35,7 +35,7 @@ def test_the_numbers_of_a_paper_run_without_its_data(tmp_path: Path, monkeypatch
     assert (4000, 2.5e-4) in plan.lr_curve
     assert plan.lr_curve[-1] == (99_999, pytest.approx(2.5888e-5, rel=1e-4))
     assert json.loads(json.dumps(plan.to_dict()))["memory"]["total"] == plan.memory.total
-    assert plan.memory_checkpointed.activations < plan.memory.activations
+    assert plan.memory_checkpointed.activations < plan.memory_selective.activations < plan.memory.activations
     assert not (tmp_path / "cache").exists()
 
 
@@ -58,6 +58,26 @@ def test_notes_name_what_will_surprise(spec: ModelSpec) -> None:
 def test_an_explicit_micro_batch_is_kept(spec: ModelSpec, recipe: RecipeSpec) -> None:
     plan = plan_training(spec, recipe, device="cpu")
     assert (plan.micro_batch, plan.accumulation) == (4, 2)
+
+
+def test_activation_checkpointing_makes_room_for_larger_parts(
+    spec: ModelSpec, recipe: RecipeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The micro-batch follows from what the chosen mode keeps; the memory told is that of this mode."""
+    monkeypatch.setattr(module, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(module, "describe_device", str)
+    monkeypatch.setattr(module, "free_memory", lambda device: 16 * 2**20)
+    automatic = recipe.model_copy(update={"batch": BatchSpec(size=960), "precision": "bf16"})
+    plans = [
+        plan_training(spec, automatic.model_copy(update={"activation_checkpointing": mode}))
+        for mode in ("none", "selective", "full")
+    ]
+    none, selective, full = plans
+    assert none.micro_batch <= selective.micro_batch <= full.micro_batch
+    assert none.micro_batch < full.micro_batch
+    assert selective.memory == selective.memory_selective
+    assert full.memory == full.memory_checkpointed
+    assert all(plan.memory.total < 16 * 2**20 for plan in plans)
 
 
 @pytest.mark.parametrize(
