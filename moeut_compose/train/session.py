@@ -103,15 +103,8 @@ class Session:
         else:
             checkpoint.load_weights(self._model)
             state = checkpoint.load_state()
-            self._trainer.load_state_dict(state["trainer"])
-            self._meter.load_state_dict(state["means"])
-            self._skips_reported = self._trainer.skips.read().total
-            if (
-                self._recipe.batch.micro == "auto"
-                and state["device"] == self._device.type
-                and (state.get("world_size", 1) == self._world.size)
-            ):
-                self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
+            with checkpoint.taken_up():
+                self._take_up(state, checkpoint.step)
         if self._recipe.compile is True:
             compile_layers(self._model)
         step = self._trainer.step
@@ -119,6 +112,23 @@ class Session:
         if self._recipe.logging.tensorboard and self._world.is_main:
             board = TensorBoardLog(self._folder, first_step=step)
         self._log = MetricsLog(self._folder, keep_until=step, board=board, writes=self._world.is_main)
+
+    def _take_up(self, state: dict[str, Any], step: int) -> None:
+        """The state of a checkpoint, as `_save` writes it."""
+        self._trainer.load_state_dict(state["trainer"])
+        if self._trainer.step != step:
+            raise ValueError(f"step={self._trainer.step} must be that of the checkpoint, {step}")
+        self._meter.load_state_dict(state["means"])
+        self._skips_reported = self._trainer.skips.read().total
+        micro_batch = state["micro_batch"]
+        if type(micro_batch) is not int or micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} must be a count")
+        if (
+            self._recipe.batch.micro == "auto"
+            and state["device"] == self._device.type
+            and (state.get("world_size", 1) == self._world.size)
+        ):
+            self._trainer.micro_batch = micro_batch  # another split would round differently
 
     @property
     def log(self) -> MetricsLog:
