@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from moeut_compose.data.errors import DataError
-from moeut_compose.data.files import fsync_directory, hash_file, write_atomically
+from moeut_compose.data.files import fsync_directory, hash_file, read_plain, write_atomically
 from moeut_compose.train.errors import CheckpointError
 from moeut_compose.train.parallel import like
 
@@ -81,6 +81,11 @@ class Checkpoint:
         with _damage(self.path / WEIGHTS):
             weights = load_file(self.path / WEIGHTS)
         copy_weights(weights, model, self.path)
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{self.path}: weight {name} is not finite, and training saves none that is not"
+                )
 
     def load_state(self) -> dict[str, Any]:
         """Everything else that training needs to go on, on the CPU. Raises `CheckpointError`."""
@@ -215,7 +220,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint folder. Raises `CheckpointError` naming what is wrong with it."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = json.loads(read_plain(path / META))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in meta["files"].items()}
         known = meta["format"] == FORMAT and {WEIGHTS, STATE} == set(files) and "data" in meta
         step = meta["step"]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moeut_compose.data.errors import DataError
+from moeut_compose.data.tokens import open_tokens
+from moeut_compose.evaluate.perplexity import evaluate_run
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import RecipeSpec
 from moeut_compose.train import session
@@ -50,9 +55,12 @@ def sign(checkpoint: Path) -> None:
 def rewrite_weights(checkpoint: Path, way: str) -> None:
     path = checkpoint / "model.safetensors"
     tensors, header = load_file(path), None
-    if way == "complex numbers":
+    if way in ("complex numbers", "no number"):
         header = {"architecture": (checkpoint.parents[1] / "architecture.yaml").read_text()}
+    if way == "complex numbers":
         tensors["head.weight"] = tensors["head.weight"].to(torch.complex64)
+    if way == "no number":
+        tensors["head.weight"][0] = float("nan")
     if way == "cut":
         path.write_bytes(path.read_bytes()[:20])
     else:
@@ -60,10 +68,10 @@ def rewrite_weights(checkpoint: Path, way: str) -> None:
     sign(checkpoint)
 
 
-@pytest.mark.parametrize("way", ["cut", "no architecture", "complex numbers"])
+@pytest.mark.parametrize("way", ["cut", "no architecture", "complex numbers", "no number"])
 def test_weights_that_are_none_are_refused(run: Path, way: str) -> None:
     rewrite_weights(newest(run), way)
-    with pytest.raises(CheckpointError, match=r"step-00000002.*does not"):
+    with pytest.raises(CheckpointError, match=r"step-00000002.* (does|is) not"):
         load_run(run)
 
 
@@ -144,3 +152,34 @@ def test_the_same_step_can_be_damaged_twice(run: Path) -> None:
         assert found.step == 1
     aside = sorted(path.name for path in (run / "checkpoints").glob("*.damaged*"))
     assert aside == ["step-00000002.damaged", "step-00000002.damaged.2"]
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(run: Path) -> None:
+    loaded = load_run(run)
+    small = replace(loaded, spec=loaded.spec.model_copy(update={"vocab_size": 119}))
+    with pytest.raises(DataError, match=r"has 120 pieces, more than the model knows \(119\)"):
+        small.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("ids", [b"\xff\xff", b"\x00\x00"])
+def test_held_out_text_that_is_none_is_made_again(run: Path, ids: bytes) -> None:
+    before = evaluate_run(load_run(run))["perplexity"]
+    folder = run / "validation"
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "tokens.bin").write_bytes(ids * index["n_tokens"])
+    if ids == b"\x00\x00":
+        (folder / "index.json").write_text(json.dumps(index | {"n_bytes": 0}))
+    assert evaluate_run(load_run(run))["perplexity"] == pytest.approx(before)
+
+
+def test_files_without_end_are_not_read(run: Path) -> None:
+    for path in (run / "tokenizer.model", newest(run) / "meta.json", run / "validation" / "index.json"):
+        path.unlink()
+        os.mkfifo(path)
+    assert load_run(run / "checkpoints" / "step-00000001").step == 1
+    with pytest.raises(DataError, match="not a plain file"):
+        load_run(run / "checkpoints" / "step-00000001").tokenizer  # noqa: B018
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        open_checkpoint(newest(run))
+    with pytest.raises(DataError, match="not a plain file"):
+        open_tokens(run / "validation")
