@@ -17,6 +17,7 @@ from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.measure.hardware import peak_tflops
+from moeut_compose.spec.recipe import PUBLISHED_SEPARATOR
 from moeut_compose.train.checkpoint import prune_checkpoints, save_checkpoint, step_folder, weights_of
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.divergence import check_weights, stuck
@@ -307,12 +308,17 @@ class Session:
 
     def _write_sample(self) -> str:
         evaluation = self._recipe.evaluation
+        # processes that hold parts of the weights have to take equally many steps, whatever each of them draws
+        stop = PUBLISHED_SEPARATOR if self._world.size == 1 else None
         with torch.compiler.set_stance("force_eager"):  # each token has another shape: nothing to compile for
-            return generate(
+            text = generate(
                 self._model,
                 self._data.tokenizer,
                 evaluation.prompt,
                 max_new_tokens=evaluation.sample_tokens,
                 top_k=50,
                 seed=self._recipe.seed,
+                stop=stop,
             )
+        written, separator, _ = text.partition(PUBLISHED_SEPARATOR)
+        return written.rstrip() if separator else written
