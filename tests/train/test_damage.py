@@ -20,6 +20,7 @@ from moeut_compose.spec.recipe import RecipeSpec
 from moeut_compose.train import session
 from moeut_compose.train.checkpoint import find_checkpoint, open_checkpoint
 from moeut_compose.train.errors import CheckpointError
+from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.run import load_run, train
 
 
@@ -183,3 +184,20 @@ def test_files_without_end_are_not_read(run: Path) -> None:
         open_checkpoint(newest(run))
     with pytest.raises(DataError, match="not a plain file"):
         open_tokens(run / "validation")
+
+
+def test_lines_that_are_no_rows_of_metrics_are_left_out(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    rows = read_rows(path)
+    assert [row["event"] for row in rows] == ["train", "validation"]
+    damaged = [
+        {"step": 2},
+        {"event": "train", "step": 2},
+        rows[0] | {"cross_entropy": "low"},
+        rows[1] | {"windows": None},
+        rows[1] | {"step": True},
+        [],
+    ]
+    with path.open("a") as file:
+        file.write("".join(f"{json.dumps(row)}\n" for row in damaged) + "9" * 5000 + "\n" + "[" * 100_000)
+    assert read_rows(path) == rows
