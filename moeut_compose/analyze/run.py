@@ -125,6 +125,7 @@ def _find_text(
     if text_file is None:
         with suppress(DataError):
             stored = open_tokens(run.path / VALIDATION)
+            stored.check(run.spec.vocab_size)
             if stored.n_windows(run.context) >= (windows or 1):
                 return stored, "held-out text of the run"
     if vocabulary.tokenizer is None:

@@ -19,9 +19,9 @@ from moeut_compose.spec.inherit import shown
 from moeut_compose.spec.io import load_as, model_of
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.nodes import Scalar
-from moeut_compose.spec.problems import Place
+from moeut_compose.spec.problems import Place, SpecError
 from moeut_compose.spec.shapes import Shape, union_members
-from moeut_compose.spec.yaml import parse_value
+from moeut_compose.spec.yaml import parse_value, read_document
 
 
 class What(StrEnum):
@@ -82,7 +82,7 @@ def show(
     """
     path, kind = find_any(spec)
     if not (resolved or tree or diff or as_json or overrides):
-        sys.stdout.write(path.read_text(encoding="utf-8-sig"))
+        sys.stdout.write(_as_written(path))
         return
     loaded = load_as(model_of(kind), kind, path, check_overrides(overrides))
     if diff is not None:
@@ -133,6 +133,14 @@ def _load_other(name: str, kind: Kind) -> Spec:
     if other_kind != kind:
         raise wrong_usage(f"{name} is not {with_article(kind)}")
     return load_as(model_of(kind), kind, path)
+
+
+def _as_written(path: Path) -> str:
+    """Whatever the file says. Raises `SpecError` if it is not text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SpecError(read_document(path, shown(path)).problems) from None
 
 
 def _show_diff(one: Spec, other: Spec, *, as_json: bool) -> None:

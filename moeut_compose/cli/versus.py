@@ -148,7 +148,7 @@ def _runs_of(name: str) -> list[str]:
         return [name]
     try:
         runs = [Path(name) / entry["run"] for entry in json.loads(results.read_text(encoding="utf-8"))]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise failed(f"{results}: not the table of a sweep") from None
     trained = [str(run) for run in runs if (run / "metrics.jsonl").is_file()]
     if not trained:

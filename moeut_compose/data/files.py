@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import glob
 import gzip
 import hashlib
@@ -85,6 +86,13 @@ def import_arrow(purpose: str) -> ModuleType:
             f"{purpose} are read by pyarrow, which is not installed: pip install pyarrow"
         ) from error
     return pyarrow
+
+
+def read_plain(path: Path) -> bytes:
+    """What a file holds. Raises `OSError` also for pipes and devices, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return path.read_bytes()
 
 
 def hash_file(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import sentencepiece
 
 from moeut_compose.data.errors import DataError
-from moeut_compose.data.files import write_atomically
+from moeut_compose.data.files import read_plain, write_atomically
 from moeut_compose.data.location import cache_folder
 from moeut_compose.progress import SilentReporter
 from moeut_compose.spec.recipe import SentencePieceFile, TrainSentencePiece
@@ -45,7 +45,7 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """Read a `.model` file."""
         try:
-            return cls(path.read_bytes())
+            return cls(read_plain(path))
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
         except DataError as error:
@@ -86,8 +86,11 @@ class Tokenizer:
         return self._processor.encode([_valid(text) for text in texts], num_threads=num_threads)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of ids; the word-start mark of the first piece is dropped."""
-        return self._processor.decode(list(ids))
+        """Text of a sequence of ids; the word-start mark of the first piece is dropped.
+
+        Ids without a piece, which a model with a larger vocabulary can write, have no text.
+        """
+        return self._processor.decode([identity for identity in ids if 0 <= identity < self.vocab_size])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The pieces behind ids, one by one; `▁` marks where a word starts."""

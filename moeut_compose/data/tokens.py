@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from moeut_compose.data.errors import DataError
-from moeut_compose.data.files import fsync_directory
+from moeut_compose.data.files import fsync_directory, read_plain
 from moeut_compose.data.journal import JOURNAL, sole_writer
 from moeut_compose.data.location import cache_folder
 from moeut_compose.data.tokenising import Tokenising
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from moeut_compose.data.sources import Part, Source
     from moeut_compose.data.tokenizer import Tokenizer
     from moeut_compose.progress import Reporter
+
+_DTYPES = ("<u2", "<i4")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class TokenFile:
         rows = [self.ids[index * context : index * context + context + 1] for index in indices]
         return np.stack(rows).astype(np.int64)
 
+    def check(self, vocab_size: int) -> None:
+        """Raises `DataError` for ids outside a vocabulary, or text without bytes. Reads all of it."""
+        if self.index.n_tokens and not (
+            self.ids.min() >= 0 and self.ids.max() < vocab_size and self.index.n_bytes
+        ):
+            raise DataError(f"the tokens are not those of a text with a vocabulary of {vocab_size}")
+
 
 def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
     """What a batch of windows asks: of text `[B, T + 1]` the next token, of pairs `[B, 2, T]` the second of each."""
@@ -72,9 +81,12 @@ def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
 def open_tokens(folder: Path) -> TokenFile:
     """Map a token file. Raises `DataError` if it is not whole."""
     try:
-        index = TokenIndex(**json.loads((folder / "index.json").read_text()))
+        index = TokenIndex(**json.loads(read_plain(folder / "index.json")))
         size = (folder / "tokens.bin").stat().st_size
-    except (OSError, ValueError, TypeError) as error:
+        counts = (index.n_tokens, index.n_documents, index.n_bytes)
+        if not all(type(count) is int and count >= 0 for count in counts) or index.dtype not in _DTYPES:
+            raise ValueError(f"its index says {index}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} is not a token file: {error}") from error
     if size != index.n_tokens * np.dtype(index.dtype).itemsize:
         raise DataError(f"{folder}/tokens.bin has {size} bytes, but its index says {index.n_tokens} tokens")

@@ -138,6 +138,7 @@ def _stored_text(run: Run, windows: int | None) -> Windows | None:
     """The held-out text in the run folder, if it has all the windows that are asked for."""
     try:
         text = open_tokens(run.path / "validation")
+        text.check(run.spec.vocab_size)
     except DataError:
         return None
     enough = windows is not None and windows <= text.n_windows(run.context)

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeut_compose.data.errors import DataError
+
+
+class NotFinite(DataError):
+    """There is nothing to choose from."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -78,8 +84,14 @@ def filtered(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> 
 def sample(
     logits: Tensor, sampling: Sampling, generators: list[torch.Generator], seen: Tensor | None = None
 ) -> list[int]:
-    """Draw one token for each row of `logits [B, V]`, on the CPU, each row by a generator of its own."""
-    left = filtered(logits.cpu(), sampling, None if seen is None else seen.cpu())
+    """Draw one token for each row of `logits [B, V]`, on the CPU, each row by a generator of its own.
+
+    Raises `NotFinite`.
+    """
+    logits = logits.cpu()
+    if logits.isnan().any() or not logits.isfinite().any(-1).all():
+        raise NotFinite("the model's logits are not numbers: there is no next token")
+    left = filtered(logits, sampling, None if seen is None else seen.cpu())
     if sampling.is_greedy:
         return [int(best) for best in left.argmax(-1)]
     probabilities = left.softmax(-1)

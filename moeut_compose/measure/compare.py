@@ -115,14 +115,34 @@ def row_of_run(folder: Path, spec: ModelSpec, seq_len: int) -> Row:
     )
 
 
+_FIGURES = {
+    "train": ("tokens", "tokens_per_second", "cross_entropy", "memory_bytes"),
+    "validation": ("cross_entropy", "perplexity", "bits_per_byte"),
+}
+"""What is read of each event; `memory_bytes` may be missing or null."""
+_LARGEST = 2.0**63
+
+
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a line of metrics ({error.msg})") from None
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "a number or nesting too large"
+            raise ValueError(f"{path}:{number}: not a line of metrics ({reason})") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
+            raise ValueError(f"{path}:{number}: not a line of metrics (no event)")
+        for name in _FIGURES.get(entry["event"], ()):
+            if not (_is_figure(entry.get(name)) or (name == "memory_bytes" and entry.get(name) is None)):
+                raise ValueError(f"{path}:{number}: not a line of metrics ({name} is no figure)")
+        entries.append(entry)
     return entries
+
+
+def _is_figure(value: object) -> bool:
+    """A number that may be nan or infinite, but no count that nothing could reach."""
+    return isinstance(value, float) or (type(value) is int and 0 <= value <= _LARGEST)
 
 
 def _history(train: list[dict[str, Any]], macs_per_token: int) -> list[Progress]:

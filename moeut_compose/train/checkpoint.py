@@ -8,10 +8,13 @@ one before.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pickle
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from moeut_compose.data.errors import DataError
-from moeut_compose.data.files import fsync_directory, hash_file, write_atomically
+from moeut_compose.data.files import fsync_directory, hash_file, read_plain, write_atomically
 from moeut_compose.train.errors import CheckpointError
 from moeut_compose.train.parallel import like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -38,7 +41,18 @@ META = "meta.json"
 LATEST = "latest"
 FORMAT = 1
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,18})")
+_UNFIT = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,17 +72,43 @@ class Checkpoint:
         return self.path.parent.parent
 
     def architecture(self) -> str:
-        """The resolved architecture that the weights carry, as YAML."""
-        with safe_open(self.path / WEIGHTS, framework="pt") as file:
+        """The resolved architecture that the weights carry, as YAML. Raises `CheckpointError` if there is none."""
+        with _damage(self.path / WEIGHTS), safe_open(self.path / WEIGHTS, framework="pt") as file:
             return file.metadata()["architecture"]
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into a model. Raises `CheckpointError` unless names and shapes are the model's."""
-        copy_weights(load_file(self.path / WEIGHTS), model, self.path)
+        with _damage(self.path / WEIGHTS):
+            weights = load_file(self.path / WEIGHTS)
+        copy_weights(weights, model, self.path)
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{self.path}: weight {name} is not finite, and training saves none that is not"
+                )
 
     def load_state(self) -> dict[str, Any]:
-        """Everything else that training needs to go on, on the CPU."""
-        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        """Everything else that training needs to go on, on the CPU. Raises `CheckpointError`."""
+        with _damage(self.path / STATE):
+            return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+
+    @contextmanager
+    def taken_up(self) -> Iterator[None]:
+        """Around the use of what `load_state` returned: what does not fit there becomes a `CheckpointError`."""
+        with _damage(self.path / STATE):
+            yield
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What readers raise for content that is not what training wrote, though its checksum is right."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*_UNFIT, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path} does not hold what training saves there ({reason})") from error
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -87,15 +127,19 @@ def copy_weights(weights: dict[str, Tensor], model: nn.Module, origin: Path) -> 
     """Copy tensors into a model by name. Raises `CheckpointError` unless names and shapes are the model's."""
     targets = weights_of(model)
     wrong = sorted(set(weights) ^ set(targets))
-    wrong += [name for name in targets if name in weights and weights[name].shape != targets[name].shape]
+    wrong += [name for name in targets if name in weights and not _fits(weights[name], targets[name])]
     if wrong:
         shown = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
         raise CheckpointError(
-            f"{origin} does not fit the architecture; missing, surplus or of another shape: {shown}"
+            f"{origin} does not fit the architecture; missing, surplus, or of another shape or kind: {shown}"
         )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(like(weights[name], target))
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    return value.shape == target.shape and value.is_floating_point() == target.is_floating_point()
 
 
 def save_checkpoint(
@@ -159,23 +203,33 @@ def tidy_checkpoints(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    match = _NAME.match(path.name)
+    assert match, path
+    return int(match[1])
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, by step; none of them is verified."""
     folder = run / "checkpoints"
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint folder. Raises `CheckpointError` naming what is wrong with it."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = json.loads(read_plain(path / META))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in meta["files"].items()}
-        known = meta["format"] == FORMAT and isinstance(meta["step"], int) and {WEIGHTS, STATE} <= set(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        known = meta["format"] == FORMAT and {WEIGHTS, STATE} == set(files) and "data" in meta
+        step = meta["step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {META} is missing or damaged ({error})") from error
     if not known:
         raise CheckpointError(f"{path}: {META} is not of format {FORMAT}")
+    if type(step) is not int or step < 0 or (_NAME.match(path.name) and step != step_of(path)):
+        raise CheckpointError(f"{path}: {META} is of another checkpoint: its step is {step!r:.20}")
     for name, (size, digest) in files.items():
         try:
             whole = (path / name).stat().st_size == size and hash_file(path / name) == digest
@@ -201,11 +255,17 @@ def find_checkpoint(run: Path, *, warn: Callable[[str], None], set_aside: bool =
             damaged.append(path)
             continue
         for other in damaged if set_aside else ():
-            other.rename(other.with_name(f"{other.name}.damaged"))
+            other.rename(_free_name(f"{other}.damaged"))
         return found
     if damaged:
         raise CheckpointError(f"{run}: none of {len(damaged)} checkpoints is whole")
     return None
+
+
+def _free_name(name: str) -> Path:
+    """The name, with a number behind it if something else has it."""
+    names = (Path(name if number == 1 else f"{name}.{number}") for number in itertools.count(1))
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def prune_checkpoints(run: Path, spec: CheckpointSpec) -> list[Path]:
@@ -214,7 +274,7 @@ def prune_checkpoints(run: Path, spec: CheckpointSpec) -> list[Path]:
     newest = set(checkpoints[-spec.keep_last :])
     removed = []
     for path in checkpoints:
-        step = int(path.name.removeprefix("step-"))
+        step = step_of(path)
         if path in newest or (spec.keep_every is not None and step % spec.keep_every == 0):
             continue
         hidden = path.with_name(f".{path.name}.{os.getpid()}.gone")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from moeut_compose import __version__
-from moeut_compose.data.files import write_atomically
+from moeut_compose.data.files import read_plain, write_atomically
 from moeut_compose.train.checkpoint import list_checkpoints
 from moeut_compose.train.errors import RunError, RunNotFound
 
@@ -128,8 +128,8 @@ def write_environment(folder: Path, argv: Sequence[str], device: torch.device) -
     """Record what a run was made with; a resumed run adds a record."""
     path = folder / ENVIRONMENT
     try:
-        records = json.loads(path.read_text())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        records = list(json.loads(read_plain(path))["starts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         records = []
     content = {"starts": [*records, environment(argv, device)]}
     write_atomically(path, json.dumps(content, indent=1).encode())

@@ -271,7 +271,13 @@ def optimizer_state(
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """The reverse of `optimizer_state`."""
+    """The reverse of `optimizer_state`. Raises ValueError unless moments have the shapes of their parameters."""
+    for name, p in model.named_parameters():
+        shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        moments = state.get(name, {})
+        found = {key: value.shape for key, value in moments.items() if value.is_floating_point()}
+        if moments and found != shapes:
+            raise ValueError(f"the moments of {name} are not those of AdamW in its shape: {found}")
     current = optimizer.state_dict()
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

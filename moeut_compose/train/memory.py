@@ -69,11 +69,13 @@ class Activations:
     def peak(self, micro_batch: int) -> int:
         """The most that activations and gradients take together in one backward pass that finds no gradients."""
         whole, depth = self.per_sequence * micro_batch, len(self.gradients)
+        if not depth:
+            return self.fixed + whole
         moments = [
             whole * (depth - done) // depth + present
             for done, present in enumerate((0, *self.gradients[:-1]))
         ]
-        return self.fixed + max(moments, default=whole)
+        return self.fixed + max(moments)
 
 
 def trace_activations(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_REACHED = ("cross_entropy", "perplexity", "bits_per_byte", "validation_tokens", "windows")
+_FIGURES = {"train": ("tokens", "cross_entropy"), "validation": ("tokens", *_REACHED)}
+
 
 class RunningMeans:
     """Means of named scalars of the steps taken since the last row, summed on the device so that no step waits."""
@@ -153,18 +156,25 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`; a last line torn by a crash is left out."""
+    """The rows of a `metrics.jsonl`; a last line torn by a crash, or any other that is no row, is left out."""
     if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if _is_row(row):
             rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether it says what it is of, and has the figures that are read again."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("event"), str):
+        return False
+    return all(type(row.get(name)) in (int, float) for name in _FIGURES.get(row["event"], ()))
 
 
 def as_csv(rows: list[Row]) -> str:

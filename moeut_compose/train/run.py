@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeut_compose.build import build_model
+from moeut_compose.data.errors import DataError
 from moeut_compose.data.files import write_atomically
 from moeut_compose.data.prepare import PreparedData, prepare_data
 from moeut_compose.data.tokenizer import Tokenizer
@@ -71,8 +72,14 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; imported runs may have none. Raises `DataError`."""
-        return Tokenizer.load(self.path / run_folder.TOKENIZER)
+        """The tokenizer; imported runs may have none. Raises `DataError`, also if it knows more than the model."""
+        path = self.path / run_folder.TOKENIZER
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.vocab_size > self.spec.vocab_size:
+            raise DataError(
+                f"{path} has {tokenizer.vocab_size} pieces, more than the model knows ({self.spec.vocab_size})"
+            )
+        return tokenizer
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu") -> Run:

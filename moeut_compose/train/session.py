@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from moeut_compose.data.order import windows_of_step
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.generate import generate
 from moeut_compose.measure.hardware import peak_tflops
+from moeut_compose.spec.recipe import PUBLISHED_SEPARATOR
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.divergence import stuck
 from moeut_compose.train.errors import Interrupted
@@ -117,15 +118,8 @@ class Session:
         else:
             checkpoint.load_weights(self._model)
             state = checkpoint.load_state()
-            self._trainer.load_state_dict(state["trainer"])
-            self._meter.load_state_dict(state["means"])
-            self._skips_reported = self._trainer.skips.read().total
-            if (
-                self._recipe.batch.micro == "auto"
-                and state["device"] == self._device.type
-                and (state.get("world_size", 1) == self._world.size)
-            ):
-                self._trainer.micro_batch = state["micro_batch"]  # another split would round differently
+            with checkpoint.taken_up():
+                self._take_up(state, checkpoint.step)
         checkpoint_layers(self._model, self._recipe.activation_checkpointing)
         if self._recipe.compile is True:
             compile_layers(self._model)
@@ -142,6 +136,23 @@ class Session:
             config = {"architecture": self._plan.architecture, "recipe": self._recipe.model_dump(mode="json")}
             boards.append(WandbLog(self._folder, config=config))
         return boards
+
+    def _take_up(self, state: dict[str, Any], step: int) -> None:
+        """The state of a checkpoint, as `Saver` writes it."""
+        self._trainer.load_state_dict(state["trainer"])
+        if self._trainer.step != step:
+            raise ValueError(f"step={self._trainer.step} must be that of the checkpoint, {step}")
+        self._meter.load_state_dict(state["means"])
+        self._skips_reported = self._trainer.skips.read().total
+        micro_batch = state["micro_batch"]
+        if type(micro_batch) is not int or micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} must be a count")
+        if (
+            self._recipe.batch.micro == "auto"
+            and state["device"] == self._device.type
+            and (state.get("world_size", 1) == self._world.size)
+        ):
+            self._trainer.micro_batch = micro_batch  # another split would round differently
 
     @property
     def log(self) -> MetricsLog:
@@ -291,12 +302,17 @@ class Session:
 
     def _write_sample(self) -> str:
         evaluation = self._recipe.evaluation
+        # processes that hold parts of the weights have to take equally many steps, whatever each of them draws
+        stop = PUBLISHED_SEPARATOR if self._world.size == 1 else None
         with torch.compiler.set_stance("force_eager"):  # each token has another shape: nothing to compile for
-            return generate(
+            text = generate(
                 self._model,
                 self._data.tokenizer,
                 evaluation.prompt,
                 max_new_tokens=evaluation.sample_tokens,
                 top_k=50,
                 seed=self._recipe.seed,
+                stop=stop,
             )
+        written, separator, _ = text.partition(PUBLISHED_SEPARATOR)
+        return written.rstrip() if separator else written

@@ -278,3 +278,10 @@ def test_a_reader_that_leaves_early_is_no_error(command, tmp_path: Path) -> None
     pipe = f"set -o pipefail; {environment} {sys.executable} -m moeut_compose ls | head -1"
     result = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "architectures\n", "")
+
+
+def test_show_of_a_file_that_is_no_text(cli, tmp_path: Path) -> None:
+    (tmp_path / "foo.yaml").write_bytes(b"name: foo\nd_model: \xa2\n")
+    shown = cli("show", "foo.yaml")
+    assert shown.exit_code == 1
+    assert shown.stderr == "foo.yaml:2:10: byte 0xa2 is not UTF-8 text; save the file as UTF-8\n"

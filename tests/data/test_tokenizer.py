@@ -108,3 +108,9 @@ def test_a_file_must_fit_the_architecture(jsonl: Path, documents: list[str], tmp
 def test_lone_surrogates_are_replaced(documents: list[str]) -> None:
     tokenizer = train_tokenizer(TrainSentencePiece(), documents, vocab_size=100)
     assert tokenizer.encode("Ahab \ud800 sees") == tokenizer.encode("Ahab ? sees")
+
+
+def test_ids_without_a_piece_have_no_text(documents: list[str]) -> None:
+    tokenizer = train_tokenizer(TrainSentencePiece(), documents, vocab_size=200)
+    ids = tokenizer.encode("the sea")
+    assert tokenizer.decode([200, *ids, 5000, -1]) == "the sea"

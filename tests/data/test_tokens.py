@@ -1,5 +1,6 @@
 """Token files: the documents in order, keyed by content, written whole or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,35 @@ def test_too_little_text_for_a_batch(jsonl: Path) -> None:
         prepare_data(recipe(jsonl, batch=BatchSpec(size=5000)), vocab_size=100, context=16)
     with pytest.raises(DataError, match=r"less than one window of 4000"):
         prepare_data(recipe(jsonl, order="shuffled"), vocab_size=100, context=4000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_tokens": -1},
+        {"n_tokens": "9"},
+        {"n_documents": None},
+        {"n_bytes": 1.5},
+        {"dtype": "object"},
+        {"dtype": 3},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_index_is_noticed(
+    tokenizer: Tokenizer, documents: list[str], tmp_path: Path, change: dict
+) -> None:
+    write_tokens(tmp_path / "tokens", documents, tokenizer)
+    path = tmp_path / "tokens" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="is not a token file"):
+        open_tokens(tmp_path / "tokens")
+
+
+def test_ids_outside_the_vocabulary_are_noticed(
+    tokenizer: Tokenizer, documents: list[str], tmp_path: Path
+) -> None:
+    write_tokens(tmp_path / "tokens", documents, tokenizer)
+    text = open_tokens(tmp_path / "tokens")
+    text.check(tokenizer.vocab_size)
+    with pytest.raises(DataError, match="not those of a text"):
+        text.check(int(text.ids.max()))

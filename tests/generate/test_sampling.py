@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeut_compose.generate.sampling import Sampling, filtered, sample, seen_tokens
+from moeut_compose.generate.sampling import NotFinite, Sampling, filtered, sample, seen_tokens
 
 SHARES = torch.tensor([[0.05, 0.52, 0.03, 0.28, 0.12]])
 
@@ -69,3 +69,11 @@ def test_a_draw_is_one_of_what_is_left(logits: list[float], seed: int, temperatu
 def test_settings_out_of_range(settings: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_logits_that_are_no_numbers(temperature: float, value: float) -> None:
+    logits = torch.cat((SHARES, torch.full_like(SHARES, value)))
+    with pytest.raises(NotFinite, match="no next token"):
+        sample(logits, Sampling(temperature=temperature), [torch.Generator(), torch.Generator()])

@@ -43,10 +43,24 @@ def test_a_spec_leaves_open_what_only_training_tells() -> None:
     assert row.loss is row.tokens is row.tokens_per_second is None
 
 
-def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "tr',
+        "3",
+        '{"step": 4}',
+        '{"event": "validation"}',
+        json.dumps(TRAIN | {"tokens": "many"}),
+        json.dumps(TRAIN | {"tokens": 10**400}),
+        json.dumps(TRAIN | {"tokens": True}),
+        "[" * 100_000,
+        "9" * 5000,
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path: Path, line: str) -> None:
     write_metrics(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "tr\n')
+        file.write(f"{line}\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl:4: not a line of metrics"):
         row_of_run(tmp_path, load_spec("dense_tiny"), 64)
 

@@ -238,3 +238,7 @@ def test_the_chosen_backend_decides_what_is_kept() -> None:
     triton = trace_kept(spec, 64, "bf16", device_type="cuda").per_sequence
     with mk.use_backend("torch"):
         assert trace_kept(spec, 64, "bf16", device_type="cuda").per_sequence < triton
+
+
+def test_the_peak_without_known_gradients_is_that_of_the_activations() -> None:
+    assert Activations(fixed=7, per_sequence=3).peak(2) == 13
