@@ -170,7 +170,7 @@ class AdamWSpec(Spec):
     eps: PositiveFloat = 1e-8
     weight_decay: Weight = 0.01
     fused: bool | Literal["auto"] = "auto"
-    """One kernel for the whole update; auto: on CUDA and on CPUs."""
+    """One kernel for the whole update; auto: on CUDA."""
 
     @model_validator(mode="after")
     def _betas_converge(self) -> Self:

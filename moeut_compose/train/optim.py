@@ -16,12 +16,9 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW with all parameters in one group: norms, biases and embeddings decay too, as published.
-
-    One fused pass over each parameter unless told otherwise, on CPUs too.
-    """
+    """AdamW with all parameters in one group: norms, biases and embeddings decay too, as published."""
     parameters = list(model.parameters())
-    fused = parameters[0].device.type in ("cpu", "cuda") if spec.fused == "auto" else spec.fused
+    fused = parameters[0].is_cuda if spec.fused == "auto" else spec.fused
     return torch.optim.AdamW(
         parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=fused
     )
