@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import moeut_kernels as mk
 import torch
+from moeut_kernels.bench.loop import LOOPS, loop_over_experts
 
 from moeut_compose.build import build_model
 from moeut_compose.measure.macs import count_macs
@@ -26,6 +29,9 @@ from moeut_compose.train.parallel import Parallelism, spread
 from moeut_compose.world import World
 
 N_BATCHES = 3
+
+BACKENDS = (*mk.BACKENDS, *LOOPS)
+"""What can compute the expert products of a step: a back end of the kernels, or a loop over experts."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class StepTiming:
     """What was expected to be counted: replays of a graph come after its count, so they leave the optimiser out."""
     first_step_seconds: float
     loss: float
+    backend: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,28 +90,10 @@ def measure_step(
     micro_batch = micro_batch or batch
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    precision = choose_precision("auto", device)
-    model = build_model(spec, device=device)
-    engine = spread(model, world, parallelism, graphed=graphed)
-    if compiled:
-        compile_layers(model)
-    trainer = Trainer(
-        model,
-        optimizer=AdamWSpec(),
-        schedule=CosineSchedule(warmup_steps=0, period=100_000),
-        steps=100_000,
-        clip_norm=0.25,
-        precision=precision,
-        micro_batch=micro_batch,
-        graphed=graphed,
-        world=world,
-        engine=engine,
+    trainer = _trainer(
+        spec, micro_batch, device, compiled=compiled, graphed=graphed, world=world, parallelism=parallelism
     )
-    generator = torch.Generator().manual_seed(world.rank)
-    batches = [
-        torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device)
-        for _ in range(N_BATCHES)
-    ]
+    batches = _batches(spec, batch, seq_len, device, seed=world.rank)
     started = time.monotonic()
     trainer.train_step(batches[0])
     _synchronize(device)
@@ -123,13 +112,111 @@ def measure_step(
                 trainer.train_step(batches[index])
             _synchronize(device)
         profile(profiler)
-    ms, tokens = statistics.median(times), world.size * batch * seq_len
+    timing = _timing(
+        spec,
+        times,
+        batch,
+        seq_len,
+        micro_batch,
+        device,
+        compiled=compiled,
+        graphed=graphed,
+        n_processes=world.size,
+    )
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return replace(timing, peak_gib=peak, first_step_seconds=first, loss=loss)
+
+
+def measure_in_turn(
+    specs: Sequence[ModelSpec],
+    backends: Sequence[str],
+    *,
+    batch: int,
+    seq_len: int | None,
+    micro_batch: int | None = None,
+    device: torch.device,
+    steps: int = 15,
+    warmup: int = 2,
+) -> list[StepTiming]:
+    """Time eager steps of every spec on every one of `backends`, one step of each a round.
+
+    What else the machine does then strikes all alike. All models are in memory at once, so no peak is reported.
+    seq_len: None for the context length of each.
+    """
+    candidates = [(spec, backend) for spec in specs for backend in backends]
+    trainers = [_trainer(spec, micro_batch or batch, device) for spec, _ in candidates]
+    batches = [_batches(spec, batch, seq_len or spec.context_length, device) for spec, _ in candidates]
+    times: list[list[float]] = [[] for _ in candidates]
+    firsts, losses = [0.0] * len(candidates), [float("nan")] * len(candidates)
+    for round_number in range(warmup + steps):
+        for place, (_, backend) in enumerate(candidates):
+            tokens = batches[place][round_number % N_BATCHES]
+            with loop_over_experts(backend) if backend in LOOPS else mk.use_backend(backend):
+                elapsed, values = _timed(partial(trainers[place].train_step, tokens), device)
+            losses[place] = float(values["loss"])
+            if round_number == 0:
+                firsts[place] = elapsed / 1e3
+            if round_number >= warmup:
+                times[place].append(elapsed)
+    timings = []
+    for place, (spec, backend) in enumerate(candidates):
+        length = seq_len or spec.context_length
+        timing = _timing(spec, times[place], batch, length, micro_batch or batch, device)
+        timings.append(replace(timing, backend=backend, first_step_seconds=firsts[place], loss=losses[place]))
+    return timings
+
+
+def _trainer(
+    spec: ModelSpec,
+    micro_batch: int,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    graphed: bool = False,
+    world: World | None = None,
+    parallelism: Parallelism = "ddp",
+) -> Trainer:
+    model = build_model(spec, device=device)
+    engine = spread(model, world or World(), parallelism, graphed=graphed)
+    if compiled:
+        compile_layers(model)
+    return Trainer(
+        model,
+        optimizer=AdamWSpec(),
+        schedule=CosineSchedule(warmup_steps=0, period=100_000),
+        steps=100_000,
+        clip_norm=0.25,
+        precision=choose_precision("auto", device),
+        micro_batch=micro_batch,
+        graphed=graphed,
+        world=world,
+        engine=engine,
+    )
+
+
+def _batches(
+    spec: ModelSpec, batch: int, seq_len: int, device: torch.device, *, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, spec.vocab_size, (batch, seq_len + 1), generator=generator).to(device)
+        for _ in range(N_BATCHES)
+    ]
+
+
+def _timing(
+    spec: ModelSpec, times: list[float], batch: int, seq_len: int, micro_batch: int, device: torch.device, *,
+    compiled: bool = False, graphed: bool = False, n_processes: int = 1,
+) -> StepTiming:  # fmt: skip
+    """What follows from the times; the caller fills in the rest."""
+    precision = choose_precision("auto", device)
+    ms, tokens = statistics.median(times), n_processes * batch * seq_len
     estimate = _estimate(spec, seq_len, batch, micro_batch, precision, compiled=compiled)
     macs = count_macs(spec, seq_len).total_per_token
     return StepTiming(
         name=spec.name,
         device=describe_device(device),
-        n_processes=world.size,
+        n_processes=n_processes,
         batch=batch,
         seq_len=seq_len,
         micro_batch=micro_batch,
@@ -141,10 +228,10 @@ def measure_step(
         ms_high=max(times),
         tokens_per_second=1e3 * tokens / ms,
         model_tflops=6e-9 * macs * tokens / ms,
-        peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        peak_gib=None,
         estimated_gib=(estimate.peak - (estimate.optimizer if graphed else 0)) / 2**30,
-        first_step_seconds=first,
-        loss=loss,
+        first_step_seconds=float("nan"),
+        loss=float("nan"),
     )
 
 

@@ -29,8 +29,11 @@ LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of `logits [N, V]` at `targets [N]`, and its gradient in the dtype of the logits.
 
-    The gradient is softmax - one-hot, with zero rows for ignored tokens. One pass over the logits when compiled.
+    The gradient is softmax - one-hot, with zero rows for ignored tokens. One pass over the logits when compiled; on a
+    CPU few passes, most of them in place.
     """
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _loss_and_gradient_in_place(logits, targets)
     wide = at_least_float32(logits)
     counted = (targets != IGNORED)[:, None]
     wanted = targets.clamp_min(0)[:, None]
@@ -39,6 +42,17 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.arange(logits.shape[-1], device=logits.device)
     gradient = ((wide - spread).exp() - (columns == wanted).to(wide.dtype)) * counted
     return (losses * counted).sum(), gradient.to(logits.dtype)
+
+
+def _loss_and_gradient_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's fused log-softmax, which becomes the gradient where it lies."""
+    logarithms = F.log_softmax(at_least_float32(logits), -1)
+    counted = (targets != IGNORED)[:, None]
+    wanted = targets.clamp_min(0)[:, None]
+    loss = -(logarithms.gather(-1, wanted) * counted).sum()
+    gradient = logarithms.exp_()
+    gradient.scatter_add_(-1, wanted, gradient.new_full((), -1.0).expand(wanted.shape))
+    return loss, gradient.mul_(counted).to(logits.dtype)
 
 
 def linear_cross_entropy(

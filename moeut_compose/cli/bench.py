@@ -1,6 +1,9 @@
 """`bench`: how fast training steps, expert products and writing are on this machine."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,12 +17,23 @@ from moeut_compose.cli.failures import complain, wrong_usage
 from moeut_compose.cli.output import print_json, print_table
 from moeut_compose.spec.io import load_spec
 
+if TYPE_CHECKING:
+    from moeut_kernels.bench.compare import Result
+
 bench = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
 
 @bench.command()
 def step(
     specs: SpecsArgument,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of the expert products: auto, triton, grouped_mm, torch; or loop, loop_indexed: one expert after "
+            "the other in Python.",
+        ),
+    ] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, on each process.")] = 32,
     seq_len: Annotated[
         int | None, typer.Option(metavar="T", min=1, help="Default: the context length.")
@@ -38,28 +52,49 @@ def step(
 ) -> None:
     """Time whole training steps: forward, backward, clipping, optimiser; random tokens, median over the steps.
 
-    **Example**
+    With several back ends the models take turns, one step of each a round. **Examples**
 
     - `moeut-compose bench step dense_244m moeut_244m --compile --cuda-graph`
+    - `moeut-compose bench step dense_tiny moeut_tiny --backend auto,loop --batch 8 --device cpu`
     - `torchrun --nproc-per-node 2 -m moeut_compose bench step moeut_244m --compile --parallelism fsdp`
     """
     if parallelism not in ("ddp", "fsdp"):
         raise wrong_usage(f"--parallelism {parallelism}: write ddp or fsdp")
     names, overrides = specs_and_overrides(specs)
     models = [load_spec(name, architecture_overrides(overrides)) for name in names]
-    from moeut_compose.bench.step import measure_step
+    from moeut_compose.bench.step import BACKENDS, measure_in_turn, measure_step
     from moeut_compose.train.device import choose_device, own_device
     from moeut_compose.train.modes import uncut_layers
     from moeut_compose.world import local_rank, started_world
 
-    world = started_world()
-    place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
+    backends = backend.split(",")
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        raise wrong_usage(f"--backend {unknown[0]}: choose among {', '.join(BACKENDS)}")
+    if backends != ["auto"] and (graphed or compiled):
+        raise wrong_usage("--backend compares eager steps; leave out --compile and --cuda-graph")
     if graphed and parallelism == "fsdp":
         raise wrong_usage("--cuda-graph records a step on whole weights and --parallelism fsdp splits them")
+    world = started_world()
+    if backends != ["auto"] and world.size > 1:
+        raise wrong_usage("--backend compares steps of one process")
+    place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
     if graphed and place.type != "cuda":
         raise wrong_usage("--cuda-graph needs a CUDA device")
+    if backends != ["auto"]:
+        complain(f"measuring {', '.join(model.name for model in models)} on {', '.join(backends)} in turn")
+        timings = measure_in_turn(
+            models,
+            backends,
+            batch=batch,
+            seq_len=seq_len,
+            micro_batch=micro_batch,
+            device=place,
+            steps=steps,
+        )
+        models = []
+    else:
+        timings = []
     world.open(place)
-    timings = []
     with uncut_layers():
         for model in models:
             complain(f"measuring {model.name}")
@@ -88,6 +123,7 @@ def step(
     rows = [
         [
             timing.name,
+            timing.backend,
             f"{timing.ms:.1f}",
             f"{timing.ms_low:.1f}-{timing.ms_high:.1f}",
             f"{timing.ms / timings[0].ms:.3f}",
@@ -99,7 +135,19 @@ def step(
         for timing in timings
     ]
     print_table(
-        ["model", "ms", "spread", "to the first", "tokens/s", "model TFLOP/s", "peak GiB", "expected"], rows
+        [
+            "model",
+            "backend",
+            "ms",
+            "spread",
+            "to the first",
+            "tokens/s",
+            "model TFLOP/s",
+            "peak GiB",
+            "expected",
+        ],
+        rows,
+        n_text_columns=2,
     )
 
 
@@ -168,6 +216,74 @@ def decode(
     ]
     header = ["model", "kernels", "batch", "read tokens/s", "ms a step", "spread", "tokens/s"]
     print_table([*header, "MB a step", "bound", "of bound"], rows, n_text_columns=2)
+
+
+@bench.command()
+def kernels(
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="tiny, 244m or 1b. Default: 244m on a GPU, else tiny.")
+    ] = "",
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Default: that of the shape.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in which everybody is timed once.")] = 20,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time one expert feedforward: our kernels, PyTorch paths, loops, and published packages that are installed.
+
+    Outputs and gradients are compared with float64 first; who is wrong is not timed. Random data, new every time;
+    bfloat16 on a GPU, float32 elsewhere. **Example**
+
+    - `moeut-compose bench kernels --shape 244m`
+    """
+    from moeut_kernels.bench.compare import SHAPES, compare
+
+    from moeut_compose.train.device import choose_device, describe_device
+
+    place = choose_device(device)
+    shape = shape or ("244m" if place.type == "cuda" else "tiny")
+    if shape not in SHAPES:
+        raise wrong_usage(f"--shape {shape}: choose one of {', '.join(SHAPES)}")
+    size = replace(SHAPES[shape], n_tokens=tokens or SHAPES[shape].n_tokens)
+    results = compare(size, device=place, repeats=repeats, tell=complain)
+    if as_json:
+        described = {"device": describe_device(place), "shape": asdict(size)}
+        print_json(described | {"results": [result.to_dict() for result in results]})
+        return
+    print(
+        f"{describe_device(place)}; {size.n_tokens} tokens of {size.d_model}, "
+        f"{size.n_experts} experts of {size.d_expert}, {size.top_k} a token"
+    )
+    times = [result.forward_backward_ms for result in results if result.forward_backward_ms is not None]
+    header = [
+        "implementation",
+        "status",
+        "error",
+        "forward ms",
+        "spread",
+        "with backward",
+        "spread",
+        "to the first",
+    ]
+    print_table(header, [_kernel_row(result, times[0]) for result in results], n_text_columns=2)
+    for result in results:
+        if result.status in ("does not run", "wrong"):
+            complain(f"{result.implementation} {result.status}: {result.why}")
+
+
+def _kernel_row(result: Result, first: float) -> list[str]:
+    row = [result.implementation, result.status]
+    row.append("–" if result.largest_error is None else f"{result.largest_error:.1e}")
+    if result.forward_backward_ms is None:
+        return [*row, *"–––––"]
+    for ms, spread in (
+        (result.forward_ms, result.forward_spread_ms),
+        (result.forward_backward_ms, result.forward_backward_spread_ms),
+    ):
+        assert ms is not None and spread is not None
+        row += [f"{ms:.3g}", f"{spread[0]:.3g}-{spread[1]:.3g}"]
+    return [*row, f"{result.forward_backward_ms / first:.2f}"]
 
 
 def _beside_bound(speed: float, bound: float | None) -> list[str]:

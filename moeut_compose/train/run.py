@@ -129,7 +129,10 @@ def train(
     Raises `DataError`, `TrainError` and its kinds: `RunError`, `CheckpointError`, `TrainingDiverged`,
     `Interrupted`.
     """
-    world = started_world()
+    try:
+        world = started_world()
+    except ValueError as error:
+        raise TrainError(str(error)) from error
     reporter = (reporter if world.is_main else None) or SilentReporter()
     recipe = with_absolute_paths(recipe)
     place = choose_device(device) if world.size == 1 else own_device(device, local_rank())

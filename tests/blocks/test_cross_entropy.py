@@ -42,3 +42,12 @@ def test_autocast_computes_logits_in_the_lower_precision() -> None:
     assert loss.dtype == weight.grad.dtype == torch.float32
     assert not torch.equal(loss, plain)
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=2e-2)
+
+
+def test_ignored_tokens_give_no_gradient_and_no_tokens_none() -> None:
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets = torch.tensor([1, -100, 3, 8, -100, 0])
+    d_x, _ = torch.autograd.grad(linear_cross_entropy(x, weight, None, targets), (x, weight))
+    assert [bool(row.any()) for row in d_x] == [True, False, True, True, False, True]
+    none = linear_cross_entropy(x[:0], weight, None, targets[:0])
+    assert none.isnan()

@@ -94,3 +94,15 @@ def test_joint_products_change_nothing(monkeypatch):
     together = model(ids, targets=ids).cross_entropy
     monkeypatch.setattr(SwitchHead, "_joint_products", lambda self, x: None)
     torch.testing.assert_close(together, model(ids, targets=ids).cross_entropy)
+
+
+def test_joint_linear_of_no_tokens_and_of_odd_strided_ones() -> None:
+    weights = [torch.randn(rows, 5, requires_grad=True) for rows in (3, 7)]
+    empty = joint_linear(torch.zeros(2, 0, 5), *weights)
+    assert [part.shape for part in empty] == [(2, 0, 3), (2, 0, 7)]
+    gradients = torch.autograd.grad(sum(part.sum() for part in empty), weights)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+    x = torch.randn(5, 4, 2).permute(2, 1, 0)
+    columns = [weight.detach().t().contiguous().t() for weight in weights]
+    for part, weight in zip(joint_linear(x, *columns), weights, strict=True):
+        torch.testing.assert_close(part, linear(x.contiguous(), weight))

@@ -27,6 +27,48 @@ def test_two_models_are_measured_alike(cli_json: Callable[..., Any]) -> None:
         assert timing["loss"] > 0
 
 
+def test_back_ends_take_turns_and_train_alike(cli_json: Callable[..., Any]) -> None:
+    sizes = ["--batch", "1", "--seq-len", "16", "--steps", "2", "--device", "cpu"]
+    timings = cli_json("bench", "step", "moeut_tiny", "--backend", "grouped_mm,loop,loop_indexed", *sizes)
+    assert [timing["backend"] for timing in timings] == ["grouped_mm", "loop", "loop_indexed"]
+    assert timings[1]["loss"] == pytest.approx(timings[0]["loss"], rel=1e-5)
+    assert timings[2]["loss"] == pytest.approx(timings[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--backend", "auto,spiral"],
+            "--backend spiral: choose among auto, triton, grouped_mm, torch, loop",
+        ),
+        (["--backend", "loop", "--compile"], "leave out --compile"),
+    ],
+)
+def test_back_ends_that_cannot_be_timed(cli: Callable[..., Result], options: list[str], message: str) -> None:
+    result = cli("bench", "step", "moeut_tiny", "--device", "cpu", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_kernels_are_compared(cli: Callable[..., Result], cli_json: Callable[..., Any]) -> None:
+    sizes = ["--tokens", "16", "--repeats", "1", "--device", "cpu"]
+    document = cli_json("bench", "kernels", *sizes)
+    assert document["shape"]["name"] == "tiny"
+    assert document["shape"]["n_tokens"] == 16
+    statuses = {result["implementation"]: result["status"] for result in document["results"]}
+    assert statuses["moeut_kernels grouped_mm"] == statuses["loop"] == "timed"
+    result = cli("bench", "kernels", *sizes)
+    assert result.exit_code == 0, result.stderr
+    assert all(name in result.stdout for name in ("to the first", "scattermoe", "megablocks", "sonic-moe"))
+
+
+def test_shapes_have_names(cli: Callable[..., Result]) -> None:
+    result = cli("bench", "kernels", "--shape", "huge", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--shape huge: choose one of tiny, 244m, 1b" in result.stderr
+
+
 def test_a_graph_needs_a_gpu(cli: Callable[..., Result]) -> None:
     result = cli("bench", "step", "dense_tiny", "--cuda-graph", "--device", "cpu")
     assert result.exit_code == 2

@@ -100,3 +100,43 @@ def test_compiles_to_one_graph(cases):
         loss = run(w_up, w_down, uses, tickets_for(w_up, w_down, 3), apply=apply)
         results.append(torch.autograd.grad(loss, (w_up, w_down, uses[0][0])))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_uses_without_tokens_add_nothing():
+    w_up, w_down, _ = make_uses(1)
+    empty = (torch.zeros(0, 6), torch.zeros(0, 1, 2, dtype=torch.int64), torch.zeros(0, 1, 2))
+    tickets = mk.feedforward_tickets(w_up, w_down, 1, casts=(w_up, w_down), n_tokens=0, top_k=2)
+    gradients = torch.autograd.grad(run(w_up, w_down, [empty], tickets), (w_up, w_down))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+def test_rows_and_weights_that_are_not_contiguous(cases, backend):
+    w_up, w_down, uses = make_uses(2)
+    columns = [w.detach().mT.contiguous().mT.requires_grad_() for w in (w_up, w_down)]
+    strided = [(x.repeat_interleave(2, 1)[:, ::2], index.mT.contiguous().mT, gate.repeat(1, 1, 2)[..., :2])
+               for x, index, gate in uses]  # fmt: skip
+    leaves = [leaf for x, _, gate in uses for leaf in (x, gate)]
+    with mk.use_backend(backend):
+        expected = torch.autograd.grad(run(w_up, w_down, uses, [None] * 2), [w_up, w_down, *leaves])
+        loss = run(*columns, strided, tickets_for(*columns, 2))
+        actual = torch.autograd.grad(loss, [*columns, *leaves])
+    assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+def test_padded_copies_give_gradients_of_the_odd_widths(cases, backend):
+    w_up, w_down, uses = make_uses(2)
+    casts = mk.cast_weights(w_up, w_down, dtype=torch.bfloat16, padded=True)
+    assert casts[0].shape == (5, 16, 16)
+    tickets = mk.feedforward_tickets(w_up, w_down, 2, casts=casts, n_tokens=9, top_k=2)
+
+    def apply(x, w_up, w_down, index, gate, ticket, activation):
+        plan = mk.plan(index, 5)
+        return mk.expert_feedforward(x.bfloat16(), w_up, w_down, plan, gate, casts=casts, tickets=ticket)
+
+    with mk.use_backend(backend):
+        expected = torch.autograd.grad(run(w_up, w_down, uses, [None] * 2, apply=apply), (w_up, w_down))
+        actual = torch.autograd.grad(run(w_up, w_down, uses, tickets, apply=apply), (w_up, w_down))
+    assert [g.shape for g in actual] == [w_up.shape, w_down.shape]
+    assert all(cases.error(a, b) < 1e-2 for a, b in zip(actual, expected, strict=True))

@@ -34,3 +34,13 @@ def test_top_k_bounds():
 def test_padded_logits_on_cpu_are_the_plain_product():
     x, weight = torch.randn(5, 4), torch.randn(7, 4)
     assert torch.equal(mk.padded_logits(x, weight), x @ weight.t())
+
+
+@pytest.mark.parametrize("choose", [mk.topk_sigmoid, mk.topk_softmax])
+def test_no_tokens_and_strided_logits(choose):
+    index, gate = choose(torch.zeros(0, 2, 5, requires_grad=True), 3)
+    assert index.shape == gate.shape == (0, 2, 3)
+    gate.sum().backward()
+    logits = torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(choose(logits.mT.contiguous().mT, 3), choose(logits, 3), strict=True):
+        assert torch.equal(got, expected)

@@ -247,7 +247,7 @@ def test_nothing_is_wrapped_without_gradients(monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_ends_with_the_same_weights(
     tmp_path: Path, spec: ModelSpec, recipe: RecipeSpec, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Through the recipe, in float32, and gone on with another mode than begun."""
+    """Through the recipe, in float32."""
     monkeypatch.setattr(session, "plot_loss", lambda rows, folder, title: folder / "loss.png")
     begun = recipe.model_copy(update={"activation_checkpointing": mode})
     plain, other = (run.train(spec, r, out=tmp_path / r.activation_checkpointing) for r in (recipe, begun))
