@@ -142,7 +142,7 @@ def test_too_little_text_for_a_batch(jsonl: Path) -> None:
 def test_a_damaged_index_is_noticed(
     tokenizer: Tokenizer, documents: list[str], tmp_path: Path, change: dict
 ) -> None:
-    write_tokens(tmp_path / "tokens", documents, tokenizer)
+    write_tokens(tmp_path / "tokens", [at_hand(*documents)], tokenizer)
     path = tmp_path / "tokens" / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match="is not a token file"):
@@ -152,7 +152,7 @@ def test_a_damaged_index_is_noticed(
 def test_ids_outside_the_vocabulary_are_noticed(
     tokenizer: Tokenizer, documents: list[str], tmp_path: Path
 ) -> None:
-    write_tokens(tmp_path / "tokens", documents, tokenizer)
+    write_tokens(tmp_path / "tokens", [at_hand(*documents)], tokenizer)
     text = open_tokens(tmp_path / "tokens")
     text.check(tokenizer.vocab_size)
     with pytest.raises(DataError, match="not those of a text"):
