@@ -193,3 +193,10 @@ def nan_filled_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+
+
+@pytest.fixture
+def on_triton(nan_filled_empty):
+    """Products run on Triton; what a kernel does not write is NaN."""
+    with mk.use_backend("triton"):
+        yield

@@ -15,11 +15,11 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
-@pytest.mark.parametrize("tests", ["test_triton.py", "test_decode.py"])
+@pytest.mark.parametrize("tests", ["test_triton*.py", "test_decode.py"])
 def test_triton_kernels_in_the_interpreter(tests: str):
     pytest.importorskip("triton")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / tests), "-q", "-x", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *map(str, HERE.glob(tests)), "-q", "-x", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -67,8 +67,8 @@ def spec() -> ModelSpec:
     return load_spec("moeut_tiny", OVERRIDES)
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def drawn_text(n_lines: int) -> str:
+    """Lines of twelve words each, the same every time."""
     dice = random.Random(2)
     words = [
         "whale",
@@ -84,8 +84,13 @@ def text_file(tmp_path: Path) -> Path:
         "saw",
         "feared",
     ]
+    return "\n".join(" ".join(dice.choices(words, k=12)) + "." for _ in range(n_lines))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(" ".join(dice.choices(words, k=12)) + "." for _ in range(600)))
+    path.write_text(drawn_text(600))
     return path
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.conftest import drawn_text
+from tests.train.mutations import mutate_run, mutate_yaml
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE))
-from mutations import mutate_run, mutate_yaml  # noqa: E402
 
 SECONDS = 120
 LONGEST_LINE = 1000
@@ -108,23 +109,7 @@ class Fuzzer:
         self.folder = folder
         self.original = folder / "original"
         self.original.mkdir(parents=True)
-        dice = random.Random(2)
-        words = [
-            "whale",
-            "sea",
-            "ship",
-            "harpoon",
-            "captain",
-            "storm",
-            "island",
-            "the",
-            "a",
-            "of",
-            "saw",
-            "feared",
-        ]
-        text = "\n".join(" ".join(dice.choices(words, k=12)) + "." for _ in range(300))
-        (self.original / "text.txt").write_text(text)
+        (self.original / "text.txt").write_text(drawn_text(300))
         data = {
             "kind": "text",
             "files": [str(self.original / "text.txt")],

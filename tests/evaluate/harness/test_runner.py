@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 from lm_eval.api.registry import get_model
-from typer.testing import CliRunner, Result
 
-from moeut_compose.cli import app
 from moeut_compose.data.hub import import_datasets
 from moeut_compose.evaluate.harness import HarnessModel
-from tests.cli.conftest import RECIPE, SMALL
 from tests.conftest import ROOT
+from tests.evaluate.conftest import call
 
 GOALS = [
     {"goal": f"{what} water", "sol1": f"{how} a kettle", "sol2": f"{how} a very big sieve, or a sock"}
@@ -52,24 +50,6 @@ metric_list:
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "short.yaml").write_text(RECIPE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEUT_COMPOSE_CACHE", str(folder / "cache"))
-        call(
-            "train",
-            "moeut_tiny",
-            *SMALL,
-            "--recipe",
-            str(folder / "short.yaml"),
-            "--out",
-            str(folder / "run"),
-        )
-    return folder / "run"
-
-
 @pytest.fixture
 def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(import_datasets().config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -83,12 +63,6 @@ def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {files}\ntest_split: test\n"
         (folder / f"{name}.yaml").write_text(head + text)
     return folder
-
-
-def call(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result
 
 
 def metrics(task: dict[str, Any]) -> dict[str, float]:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from moeut_compose.cli import app
 from moeut_compose.evaluate.protocols import rules
 from moeut_compose.evaluate.tasks.items import Choice, LastWord
 from moeut_compose.train.run import load_run
-from tests.cli.conftest import RECIPE, SMALL
 from tests.conftest import Command
+from tests.evaluate.conftest import call
 
 PAIRS = [{"sentence_good": "The cats are here.", "sentence_bad": "The cats is here."}] * 3
 GOAL = {"goal": "boil water", "sol1": "use a kettle", "sol2": "use a sieve"}
@@ -21,30 +20,6 @@ KEYS = [
     "task", "protocol", "step", "limit", "items", "tokenizer",
     "accuracy", "confidence_interval", "n", "groups", "others", "seconds",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "short.yaml").write_text(RECIPE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEUT_COMPOSE_CACHE", str(folder / "cache"))
-        call(
-            "train",
-            "moeut_tiny",
-            *SMALL,
-            "--recipe",
-            str(folder / "short.yaml"),
-            "--out",
-            str(folder / "run"),
-        )
-    return folder / "run"
-
-
-def call(*arguments: str) -> Result:
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result
 
 
 @pytest.fixture
