@@ -4,18 +4,15 @@ On a GPU in float32, bfloat16 and float16; without one in Triton's interpreter, 
 `test_interpreter.py`.
 """
 
-import os
-
 import moeut_kernels as mk
 import pytest
 import torch
 from moeut_kernels import decode, sampling
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED
+
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-DTYPES = [torch.float32, torch.float16] if INTERPRETED else list(BOUNDS)
 FEW_AND_MANY = [2, 19] if INTERPRETED else [1, 3, 9, 64, 100]
 
 
