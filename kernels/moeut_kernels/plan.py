@@ -29,8 +29,9 @@ class Plan:
     index: [N, H, K] chosen experts. slots: int32 [S], slots in expert order, stable. position: int32 [S], the inverse:
     where a slot lies in expert order. offsets: int32 [E + 1], first row of each expert. The rest serves Triton and is
     empty elsewhere: tiles: int32 [T, 4], two tables of row tiles (expert twice or -1, first row, end of the expert), of
-    128 and of 2048 rows. items: int32 [N·H], (token, group) items ordered by their pair of experts, where K = 2.
-    pair_tiles: int32 [T', 4], the row tiles of the pairs (lower and higher expert, first item, end of the pair).
+    128 and of 2048 rows. low_slots: int32 [N·H], where K = 2: for every (token, group) item, ordered by pair of experts,
+    its slot with the lower expert; the other differs in the last bit. pair_tiles: int32 [T', 4], the same two tables
+    for the pairs (lower and higher expert, first item, end of the pair).
     """
 
     index: Tensor
@@ -38,7 +39,7 @@ class Plan:
     position: Tensor
     offsets: Tensor
     tiles: Tensor
-    items: Tensor
+    low_slots: Tensor
     pair_tiles: Tensor
 
     @property
@@ -53,7 +54,7 @@ class Plan:
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """What `expert_split` and `expert_merge` take besides."""
-        return self.items, self.pair_tiles
+        return self.low_slots, self.pair_tiles
 
 
 def plan(index: Tensor, n_experts: int, *, disjoint: bool = False) -> Plan:
@@ -82,6 +83,11 @@ def plan(index: Tensor, n_experts: int, *, disjoint: bool = False) -> Plan:
 def n_tiles(n_slots: int, n_experts: int, rows: int = TILE_ROWS) -> int:
     """Upper bound of row tiles: full ones, and one ragged tile for each expert that can have a slot."""
     return n_slots // rows + min(n_experts, n_slots)
+
+
+def n_entries(n_slots: int, n_experts: int) -> int:
+    """Entries of both tables, the one of tiles and the one of chunks behind it."""
+    return n_tiles(n_slots, n_experts) + n_tiles(n_slots, n_experts, CHUNK_ROWS)
 
 
 def n_pairs(index: Tensor, n_experts: int, n_local: int, backend: str) -> int:
@@ -125,15 +131,12 @@ def _plan(index: Tensor, n_experts: int, n_local: int, backend: str) -> tuple[Te
 def _(index: Tensor, n_experts: int, n_local: int, backend: str) -> tuple[Tensor, ...]:
     n_slots, pairs = index.numel(), n_pairs(index, n_experts, n_local, backend)
     n_items = n_slots // 2 if pairs else 0
-    n_entries = 0
-    if backend == "triton":
-        n_entries = n_tiles(n_slots, n_experts) + n_tiles(n_slots, n_experts, CHUNK_ROWS)
     shapes = (
         (n_slots,),
         (n_slots,),
         (n_experts + 1,),
-        (n_entries, 4),
+        (n_entries(n_slots, n_experts) if backend == "triton" else 0, 4),
         (n_items,),
-        (n_tiles(n_items, pairs), 4),
+        (n_entries(n_items, pairs), 4),
     )
     return tuple(index.new_empty(shape, dtype=torch.int32) for shape in shapes)

@@ -20,7 +20,7 @@ from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.plan import Plan
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
-_ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor items, Tensor pair_tiles"
+_ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor low_slots, Tensor pair_tiles"
 _FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend) -> (Tensor, Tensor)"
 _BACKWARD = (
     f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, str backend)"

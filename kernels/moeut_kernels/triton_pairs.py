@@ -1,7 +1,7 @@
 """SwitchHead projections by pairs of experts: a (token, group) item meets both of its experts in one program.
 
 One gather, two accumulators, gates in the epilogue: no partial product per slot is ever written. Items lie in the order
-of their pair (`Plan.items`); rows that feed a weight gradient are left in expert order.
+of their pair (`Plan.low_slots`); rows that feed a weight gradient are left in expert order.
 """
 
 import torch
@@ -9,30 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeut_kernels.plan import TILE_ROWS
+from moeut_kernels.plan import CHUNK_ROWS, TILE_ROWS
 from moeut_kernels.triton_rows import accumulate
 from moeut_kernels.triton_tiles import block, tile
 
 WIDEST_NARROW = 128
 """Most columns on the narrow side: a program holds whole rows of it, twice."""
 
+CHUNK = tl.constexpr(CHUNK_ROWS)
+
 
 @triton.jit
-def _items_of(table, items, index, program, SPLIT: tl.constexpr, ROWS: tl.constexpr):
-    """Both experts, the items, their slots with the lower and the higher expert, and which rows exist."""
-    entry = table + 4 * (program // SPLIT)
-    low, high = tl.load(entry), tl.load(entry + 1)
-    first = tl.load(entry + 2) + program % SPLIT * ROWS
-    stop = tl.where(low < 0, first, tl.load(entry + 3))
+def _items(low_slots, first, stop, ROWS: tl.constexpr):
+    """ROWS items from `first` on, their slots with the lower and the higher expert, and which of them exist."""
     row = first + tl.arange(0, ROWS)
     here = row < stop
-    item = tl.load(items + row, mask=here, other=0)
-    swapped = tl.load(index + 2 * item, mask=here, other=0) > tl.load(
-        index + 2 * item + 1, mask=here, other=0
-    )
-    low_slot = 2 * item + swapped.to(tl.int32)
-    high_slot = 2 * item + 1 - swapped.to(tl.int32)
-    return low.to(tl.int64), high.to(tl.int64), item, low_slot, high_slot, here, first < stop
+    low = tl.load(low_slots + row, mask=here, other=0)
+    return low // 2, low, low ^ 1, here
 
 
 @triton.jit
@@ -44,7 +37,7 @@ def _load_gate(gate, slot, here, GATES: tl.constexpr):
 
 @triton.jit
 def _pair_narrow(
-    rows, weight, gate, other, out, products, dots, ordered, items, index, position, table,
+    rows, weight, gate, other, out, products, dots, ordered, low_slots, position, table,
     depth, per_row: tl.constexpr, width: tl.constexpr,
     stride_depth: tl.constexpr, stride_width: tl.constexpr,
     GATES: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr, EVEN_DEPTH: tl.constexpr,
@@ -56,11 +49,12 @@ def _pair_narrow(
     gate · other in expert order.
     """
     EVEN_WIDTH: tl.constexpr = width == COLUMNS
-    expert1, expert2, item, slot1, slot2, here, some = _items_of(
-        table, items, index, tl.program_id(0), SPLIT, ROWS
-    )
-    if not some:
+    entry = table + 4 * (tl.program_id(0) // SPLIT)
+    expert1, expert2 = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64)
+    first, stop = tl.load(entry + 2) + tl.program_id(0) % SPLIT * ROWS, tl.load(entry + 3)
+    if (expert1 < 0) | (first >= stop):
         return
+    item, slot1, slot2, here = _items(low_slots, first, stop, ROWS)
     n = tl.arange(0, COLUMNS)
     mask = here[:, None] if EVEN_WIDTH else here[:, None] & (n < width)[None, :]
     out_at = item.to(tl.int64)[:, None] * width + n[None, :]
@@ -112,73 +106,88 @@ def _pair_narrow(
 
 @triton.jit
 def _pair_wide(
-    rows, weight, gate, products, out, dots, ordered, items, index, position, table,
+    rows, weight, gate, products, out, dots, ordered, low_slots, position, table,
     depth: tl.constexpr, width: tl.constexpr, stride_depth: tl.constexpr, stride_width: tl.constexpr,
     GATES: tl.constexpr, BACKWARD: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[item] = g1 · rows[item] @ W1 + g2 · rows[item] @ W2, from few columns to many; a program does SPAN columns.
+    """out[item] = g1 · rows[item] @ W1 + g2 · rows[item] @ W2, from few columns to many.
 
-    BACKWARD (of a split, `rows` its output gradient, `products` what it kept) also writes the gate gradients and
-    gate · rows in expert order.
+    A column slice of both matrices is loaded once, the items of the pair pass by. BACKWARD (of a split, `rows` its
+    output gradient, `products` what it kept): the first program of a pair has no slice but writes the gate gradients
+    and gate · rows in expert order.
     """
     EVEN_DEPTH: tl.constexpr = depth == DEPTH
-    EVEN_WIDTH: tl.constexpr = width % SPAN == 0
-    expert1, expert2, item, slot1, slot2, here, some = _items_of(
-        table, items, index, tl.program_id(1), SPLIT, ROWS
-    )
-    if not some:
+    EVEN_WIDTH: tl.constexpr = width % COLUMNS == 0
+    entry = table + 4 * tl.program_id(1)
+    expert1, expert2 = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64)
+    if expert1 < 0:
         return
+    first, stop = tl.load(entry + 2), tl.load(entry + 3)
+    stop = tl.minimum(stop, first + CHUNK)
     k = tl.arange(0, DEPTH)
     deep = k < depth
-    mask = here[:, None] if EVEN_DEPTH else here[:, None] & deep[None, :]
-    a = tl.load(rows + item.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0)
-    g1 = _load_gate(gate, slot1, here, GATES)
-    g2 = _load_gate(gate, slot2, here, GATES)
-    first = tl.program_id(0) * SPAN
-    for at in range(first, first + SPAN, COLUMNS):
-        n = at + tl.arange(0, COLUMNS)
-        b_at = k[:, None] * stride_depth + n[None, :] * stride_width
-        b1_at = weight + expert1 * depth * width + b_at
-        b2_at = weight + expert2 * depth * width + b_at
-        if EVEN_DEPTH and EVEN_WIDTH:
-            b1 = tl.load(b1_at)
-            b2 = tl.load(b2_at)
-        else:
-            inside = deep[:, None] & (n < width)[None, :]
-            b1 = tl.load(b1_at, mask=inside, other=0.0)
-            b2 = tl.load(b2_at, mask=inside, other=0.0)
+    if BACKWARD:  # noqa: SIM102 - this is known when the kernel is compiled, the next when it runs
+        if tl.program_id(0) == 0:
+            ty = ordered.dtype.element_ty
+            for at in range(first, stop, ROWS):
+                item, slot1, slot2, here = _items(low_slots, at, stop, ROWS)
+                mask = here[:, None] if EVEN_DEPTH else here[:, None] & deep[None, :]
+                x = tl.load(rows + item.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0).to(
+                    tl.float32
+                )
+                if GATES:
+                    u_at = products + k[None, :]
+                    u1 = tl.load(u_at + slot1.to(tl.int64)[:, None] * depth, mask=mask, other=0.0)
+                    u2 = tl.load(u_at + slot2.to(tl.int64)[:, None] * depth, mask=mask, other=0.0)
+                    tl.store(dots + slot1, tl.sum(x * u1.to(tl.float32), 1), mask=here)
+                    tl.store(dots + slot2, tl.sum(x * u2.to(tl.float32), 1), mask=here)
+                g1 = _load_gate(gate, slot1, here, GATES)
+                g2 = _load_gate(gate, slot2, here, GATES)
+                r1 = tl.load(position + slot1, mask=here, other=0).to(tl.int64)
+                r2 = tl.load(position + slot2, mask=here, other=0).to(tl.int64)
+                tl.store(ordered + r1[:, None] * depth + k[None, :], (x * g1[:, None]).to(ty), mask=mask)
+                tl.store(ordered + r2[:, None] * depth + k[None, :], (x * g2[:, None]).to(ty), mask=mask)
+            return
+    part = tl.program_id(0) - 1 if BACKWARD else tl.program_id(0)
+    n = part * COLUMNS + tl.arange(0, COLUMNS)
+    wide = n < width
+    b_at = k[:, None] * stride_depth + n[None, :] * stride_width
+    b1_at = weight + expert1 * depth * width + b_at
+    b2_at = weight + expert2 * depth * width + b_at
+    if EVEN_DEPTH and EVEN_WIDTH:
+        b1 = tl.load(b1_at)
+        b2 = tl.load(b2_at)
+    else:
+        inside = deep[:, None] & wide[None, :]
+        b1 = tl.load(b1_at, mask=inside, other=0.0)
+        b2 = tl.load(b2_at, mask=inside, other=0.0)
+    for at in tl.range(first, stop, ROWS, num_stages=STAGES):
+        item, slot1, slot2, here = _items(low_slots, at, stop, ROWS)
+        mask = here[:, None] if EVEN_DEPTH else here[:, None] & deep[None, :]
+        a = tl.load(rows + item.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0)
+        g1 = _load_gate(gate, slot1, here, GATES)
+        g2 = _load_gate(gate, slot2, here, GATES)
         p1 = tl.dot(a, b1, input_precision="ieee")
         p2 = tl.dot(a, b2, input_precision="ieee")
         total = p1 * g1[:, None] + p2 * g2[:, None]
-        out_mask = here[:, None] if EVEN_WIDTH else here[:, None] & (n < width)[None, :]
         tl.store(
             out + item.to(tl.int64)[:, None] * width + n[None, :],
             total.to(out.dtype.element_ty),
-            mask=out_mask,
+            mask=here[:, None] if EVEN_WIDTH else here[:, None] & wide[None, :],
         )
-    if BACKWARD:  # noqa: SIM102 - this is known when the kernel is compiled, the next when it runs
-        if tl.program_id(0) == 0:
-            x = a.to(tl.float32)
-            if GATES:
-                u1 = tl.load(
-                    products + slot1.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0
-                )
-                u2 = tl.load(
-                    products + slot2.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0
-                )
-                tl.store(dots + slot1, tl.sum(x * u1.to(tl.float32), 1), mask=here)
-                tl.store(dots + slot2, tl.sum(x * u2.to(tl.float32), 1), mask=here)
-            r1 = tl.load(position + slot1, mask=here, other=0).to(tl.int64)
-            r2 = tl.load(position + slot2, mask=here, other=0).to(tl.int64)
-            ty = ordered.dtype.element_ty
-            tl.store(ordered + r1[:, None] * depth + k[None, :], (x * g1[:, None]).to(ty), mask=mask)
-            tl.store(ordered + r2[:, None] * depth + k[None, :], (x * g2[:, None]).to(ty), mask=mask)
+
+
+def _tables(pair_tiles: Tensor, n_items: int) -> tuple[Tensor, Tensor]:
+    """The table of tiles and that of chunks; every pair may add a ragged entry to each."""
+    n_tiles, n_chunks = n_items // TILE_ROWS, n_items // CHUNK_ROWS
+    n_ragged = (pair_tiles.shape[0] - n_tiles - n_chunks) // 2
+    return pair_tiles[: n_tiles + n_ragged], pair_tiles[n_tiles + n_ragged :]
 
 
 def narrow(
-    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor,
-    pair_tiles: Tensor, *, per_row: int, transposed: bool = False, keep: bool = False, other: Tensor | None = None,
+    rows: Tensor, weight: Tensor, gate: Tensor | None, low_slots: Tensor, position: Tensor, pair_tiles: Tensor, *,
+    per_row: int, transposed: bool = False, keep: bool = False, other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Many columns to few: (sums [items, F], products by slot, gate gradients by slot, gate · other in expert order).
 
@@ -186,18 +195,18 @@ def narrow(
     written where `other` [items, F] is given, the products where `keep`; empty otherwise.
     """
     depth, width = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
-    n_items = items.shape[0]
+    n_items = low_slots.shape[0]
     new = rows.new_empty
     out, products = new(n_items, width), new((2 * n_items, width) if keep else 0)
     dots = new(0 if other is None else 2 * n_items, dtype=torch.float32)
     ordered = new(0 if other is None else (2 * n_items, width))
     t = tile("pair_narrow" if other is None else "pair_narrow_backward", rows)
     columns, deep = block(width, WIDEST_NARROW), block(depth, t.depth)
-    split = TILE_ROWS // t.rows
+    tiles, split = _tables(pair_tiles, n_items)[0], TILE_ROWS // t.rows
     stride_depth, stride_width = (1, depth) if transposed else (width, 1)
     if n_items:
-        _pair_narrow[(pair_tiles.shape[0] * split,)](
-            rows, weight, gate, other, out, products, dots, ordered, items, index, position, pair_tiles,
+        _pair_narrow[(tiles.shape[0] * split,)](
+            rows, weight, gate, other, out, products, dots, ordered, low_slots, position, tiles,
             depth, per_row, width, stride_depth, stride_width,
             gate is not None, other is not None, keep, depth % deep == 0,
             split, t.rows, columns, deep, **t.launch,
@@ -206,8 +215,8 @@ def narrow(
 
 
 def wide(
-    rows: Tensor, weight: Tensor, gate: Tensor | None, index: Tensor, position: Tensor, items: Tensor,
-    pair_tiles: Tensor, *, transposed: bool = False, products: Tensor | None = None,
+    rows: Tensor, weight: Tensor, gate: Tensor | None, low_slots: Tensor, position: Tensor, pair_tiles: Tensor, *,
+    transposed: bool = False, products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Few columns to many: (sums [items, F], gate gradients by slot, gate · rows in expert order).
 
@@ -215,20 +224,20 @@ def wide(
     given, what `narrow` kept of the forward (empty without gates); empty otherwise.
     """
     depth, width = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
-    n_items = items.shape[0]
+    n_items, backward = low_slots.shape[0], products is not None
     new = rows.new_empty
-    out, backward = new(n_items, width), products is not None
+    out = new(n_items, width)
     dots = new(2 * n_items if backward else 0, dtype=torch.float32)
     ordered = new((2 * n_items, depth) if backward else 0)
     t = tile("pair_wide", rows)
-    columns, deep, split = block(width, t.columns), block(depth, WIDEST_NARROW), TILE_ROWS // t.rows
-    span = max(columns, min(t.depth, triton.cdiv(width, columns) * columns))
+    columns, deep = block(width, t.columns), block(depth, WIDEST_NARROW)
+    chunks = _tables(pair_tiles, n_items)[1]
     stride_depth, stride_width = (1, depth) if transposed else (width, 1)
     if n_items:
-        _pair_wide[(triton.cdiv(width, span), pair_tiles.shape[0] * split)](
-            rows, weight, gate, products, out, dots, ordered, items, index, position, pair_tiles,
+        _pair_wide[(triton.cdiv(width, columns) + backward, chunks.shape[0])](
+            rows, weight, gate, products, out, dots, ordered, low_slots, position, chunks,
             depth, width, stride_depth, stride_width,
             gate is not None, backward,
-            split, t.rows, columns, span, deep, **t.launch,
+            t.rows, columns, deep, t.stages, num_warps=t.warps,
         )  # fmt: skip
     return out, dots, ordered

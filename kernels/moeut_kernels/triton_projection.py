@@ -17,10 +17,10 @@ from moeut_kernels.triton_tiles import offers
 Routing = Sequence[Tensor]
 
 
-def _by_pairs(weight: Tensor, bias: Tensor | None, items: Tensor, merge: bool) -> bool:
+def _by_pairs(weight: Tensor, bias: Tensor | None, low_slots: Tensor, merge: bool) -> bool:
     """Pairs need their narrow side (split: columns out, merge: columns in) in one tile, and no bias."""
     is_narrow = weight.shape[1 if merge else 2] <= triton_pairs.WIDEST_NARROW
-    return is_narrow and bias is None and items.numel() > 0 and offers("pair_wide", weight)
+    return is_narrow and bias is None and low_slots.numel() > 0 and offers("pair_wide", weight)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -38,11 +38,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the gate gradient of a split needs (empty unless saved). Body of both forwards."""
     x, weight, gate, bias = _contiguous(x, weight, gate, bias)
-    index, slots, position, _, tiles, items, pair_tiles = _contiguous(*routing)
+    index, slots, position, _, tiles, low_slots, pair_tiles = _contiguous(*routing)
     n_tokens, n_groups, top_k = index.shape
     rows, keep = x.reshape(-1, x.shape[-1]), save and not merge
-    if _by_pairs(weight, bias, items, merge):
-        pairs = (gate, index, position, items, pair_tiles)
+    if _by_pairs(weight, bias, low_slots, merge):
+        pairs = (gate, low_slots, position, pair_tiles)
         if merge:
             partial, _, _ = triton_pairs.wide(rows, weight, *pairs)
             return gather_sum(partial, None, n_tokens, n_groups), x.new_empty(0)
@@ -99,15 +99,14 @@ def _split_by_pairs(
     kept: Tensor,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, slots, position, offsets, _, items, pair_tiles = routing
+    index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
     partial, dots, ordered = triton_pairs.wide(
         grad,
         weight,
         gate,
-        index,
+        low_slots,
         position,
-        items,
         pair_tiles,
         transposed=True,
         products=kept,
@@ -127,9 +126,9 @@ def _merge_by_pairs(
     kept: Tensor,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, slots, position, offsets, _, items, pair_tiles = routing
+    index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
-    pairs = (gate, index, position, items, pair_tiles)
+    pairs = (gate, low_slots, position, pair_tiles)
     d_x, _, dots, ordered = triton_pairs.narrow(
         grad, weight, *pairs, per_row=n_groups, transposed=True, other=x
     )

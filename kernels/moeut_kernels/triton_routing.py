@@ -46,8 +46,13 @@ def _count(
 
 
 @triton.jit
-def _place(keys, counts, ends, slots, position, n_slots, n_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def _place(
+    index, keys, counts, ends, slots, position, n_slots, n_blocks,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Place of a slot: where its (group, block) starts, plus its rank among equals in the block.
+
+    With PAIRS what is placed is, for each item, its slot with the lower expert.
 
     The rank compares all pairs of a block. Keys hold group · BLOCK + i, so that one unsigned comparison says both
     "same group" and "earlier". The compared slots run down the rows: a thread adds its own column, no exchange.
@@ -67,8 +72,13 @@ def _place(keys, counts, ends, slots, position, n_slots, n_blocks, BLOCK: tl.con
     cell = (key // BLOCK).to(tl.int64) * n_blocks + b
     start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
     place = start + rank
-    tl.store(slots + place, slot, mask=mask)
-    tl.store(position + slot, place, mask=mask)
+    if PAIRS:
+        first = tl.load(index + 2 * slot, mask=mask, other=0)
+        second = tl.load(index + 2 * slot + 1, mask=mask, other=0)
+        tl.store(slots + place, 2 * slot + (first > second).to(tl.int32), mask=mask)
+    else:
+        tl.store(slots + place, slot, mask=mask)
+        tl.store(position + slot, place, mask=mask)
 
 
 @triton.jit
@@ -126,12 +136,12 @@ def _cut(
 
 
 def _sort(
-    index: Tensor, n_slots: int, n_local: int, n_groups: int, pairs: bool, chunks: bool
+    index: Tensor, n_slots: int, n_local: int, n_groups: int, *, pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stable counting sort and the tile tables: (slots, position, offsets, tables in one)."""
     block, step = (32, 16) if interpreted() else (256, 16)
     groups, n_blocks = triton.next_power_of_2(n_groups + 1), max(1, triton.cdiv(n_slots, block))
-    n_fine, n_coarse = n_tiles(n_slots, n_groups), n_tiles(n_slots, n_groups, CHUNK_ROWS) if chunks else 0
+    n_fine, n_coarse = n_tiles(n_slots, n_groups), n_tiles(n_slots, n_groups, CHUNK_ROWS)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=index.device)
@@ -142,7 +152,9 @@ def _sort(
         index, keys, counts, n_slots, n_local, n_groups, n_blocks, pairs, groups, block, num_warps=4
     )
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    _place[(n_blocks,)](keys, counts, ends, slots, position, n_slots, n_blocks, block, step, num_warps=8)
+    _place[(n_blocks,)](
+        index, keys, counts, ends, slots, position, n_slots, n_blocks, pairs, block, step, num_warps=8
+    )
     grid = (max(1, triton.cdiv(n_fine, 16) + triton.cdiv(n_coarse, 16)),)
     _cut[grid](
         ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, TILE_ROWS, CHUNK_ROWS,
@@ -154,13 +166,11 @@ def _sort(
 def plan(index: Tensor, n_experts: int, n_local: int, n_pairs: int) -> tuple[Tensor, ...]:
     """Body of `moeut::plan`: slots by expert, and (token, group) items by pair of experts if n_pairs > 0."""
     flat = index.reshape(-1)
-    slots, position, offsets, tiles = _sort(
-        flat, flat.numel(), n_experts, n_experts, pairs=False, chunks=True
-    )
+    slots, position, offsets, tiles = _sort(flat, flat.numel(), n_experts, n_experts, pairs=False)
     if n_pairs == 0:
         return slots, position, offsets, tiles, offsets.new_empty(0), offsets.new_empty(0, 4)
-    items, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_local, n_pairs, pairs=True, chunks=False)
-    return slots, position, offsets, tiles, items, pair_tiles
+    low_slots, _, _, pair_tiles = _sort(flat, flat.numel() // 2, n_local, n_pairs, pairs=True)
+    return slots, position, offsets, tiles, low_slots, pair_tiles
 
 
 @triton.jit

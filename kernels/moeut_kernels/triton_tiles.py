@@ -34,7 +34,7 @@ class Tile:
 # keeps the pre-activation, or masks ragged sides. "gather_backward(_heavy)": with the derivative of the activation.
 # "walk": a column slice of the weights stays, the rows of the expert pass by. "weight": weight gradients,
 # "weight_uses": those of several uses at once.
-# "pair_narrow", "pair_wide": two experts at once; the depth of "pair_wide" is how many columns one program does.
+# "pair_narrow", "pair_wide": two experts at once; "pair_wide" walks as well.
 # float32 has neither walks nor pairs: without tensor cores a program cannot hold a whole side of a matrix.
 _LARGE = {
     "gather": Tile(128, 128, 64, 8, 3),
@@ -46,7 +46,7 @@ _LARGE = {
     "weight_uses": Tile(128, 128, 32, 4, 5),
     "pair_narrow": Tile(128, 128, 64, 8, 4),
     "pair_narrow_backward": Tile(128, 128, 64, 8, 4),
-    "pair_wide": Tile(128, 64, 1024, 8, 3),
+    "pair_wide": Tile(64, 128, 0, 4, 2),
 }
 _SMALL = {
     "gather": Tile(128, 64, 32, 4, 3),
@@ -58,7 +58,7 @@ _SMALL = {
     "weight_uses": Tile(64, 64, 32, 4, 3),
     "pair_narrow": Tile(64, 128, 32, 4, 3),
     "pair_narrow_backward": Tile(64, 128, 32, 8, 3),
-    "pair_wide": Tile(64, 64, 512, 4, 2),
+    "pair_wide": Tile(64, 64, 0, 4, 2),
 }
 _FLOAT32 = {
     "gather": Tile(64, 64, 32, 4, 2),
@@ -78,7 +78,7 @@ _INTERPRETED = {
     "weight_uses": Tile(16, 16, 32, 4, 1),
     "pair_narrow": Tile(64, 16, 16, 4, 1),
     "pair_narrow_backward": Tile(64, 16, 16, 4, 1),
-    "pair_wide": Tile(64, 16, 32, 4, 1),
+    "pair_wide": Tile(64, 16, 0, 4, 1),
 }
 _overrides: dict[str, Tile] = {}
 

@@ -30,7 +30,8 @@ def parts() -> dict[str, Callable[[], object]]:
     attention = Attention(ATTENTIONS[1])
     routes = [mk.plan(index, attention.n_experts, disjoint=True) for index in attention.indices]
     of_pairs = [
-        (g.detach(), r.index, r.position, *r.pairs) for g, r in zip(attention.gates, routes, strict=True)
+        (g.detach(), r.low_slots, r.position, r.pair_tiles)
+        for g, r in zip(attention.gates, routes, strict=True)
     ]
     values, outputs = attention.casts
     xa, mixed = attention.x.detach(), attention.mixed.detach().flatten(0, 1)
@@ -94,8 +95,9 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
         (64, 128, 64, 8, 4), (64, 128, 32, 4, 5),
     ),
     "pair_wide": (
-        (128, 64, 512, 8, 3), (128, 64, 1024, 8, 3), (128, 64, 256, 8, 3), (128, 128, 512, 8, 2), (64, 64, 512, 4, 3),
-        (64, 64, 1024, 4, 4), (128, 64, 512, 8, 4), (64, 128, 512, 8, 2), (128, 32, 512, 8, 4), (64, 64, 512, 8, 3),
+        (64, 128, 0, 4, 2), (64, 128, 0, 4, 3), (64, 128, 0, 8, 2), (64, 128, 0, 8, 3), (128, 128, 0, 8, 2),
+        (128, 128, 0, 8, 3), (64, 64, 0, 4, 2), (64, 64, 0, 4, 3), (64, 64, 0, 4, 4), (128, 64, 0, 4, 2),
+        (128, 64, 0, 8, 3), (32, 128, 0, 4, 3), (64, 256, 0, 8, 2), (128, 64, 0, 8, 2),
     ),
 }  # fmt: skip
 CANDIDATES["weight_uses"] = CANDIDATES["weight"]
