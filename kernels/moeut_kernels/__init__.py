@@ -9,7 +9,7 @@ from moeut_kernels.casting import cast_weights
 from moeut_kernels.deferral import Ticket
 from moeut_kernels.feedforward import expert_feedforward, feedforward_tickets
 from moeut_kernels.plan import Plan, plan
-from moeut_kernels.projection import expert_merge, expert_split
+from moeut_kernels.projection import expert_merge, expert_split, projection_tickets
 from moeut_kernels.router import padded_logits, topk_sigmoid, topk_softmax
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "feedforward_tickets",
     "padded_logits",
     "plan",
+    "projection_tickets",
     "resolve",
     "topk_sigmoid",
     "topk_softmax",

@@ -17,14 +17,18 @@ from torch.utils.flop_counter import register_flop_formula
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
+from moeut_kernels.deferral import Ticket, defer, plan_message
 from moeut_kernels.plan import Plan
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
-_ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor low_slots, Tensor pair_tiles"
-_FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend) -> (Tensor, Tensor)"
+_ROUTING = (
+    "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor low_slots, "
+    "Tensor pair_tiles"
+)
+_FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend, Tensor[] tickets) -> (Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, bool hand_in, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -36,16 +40,17 @@ def expert_split(
     bias: Tensor | None = None,
     *,
     cast: Tensor | None = None,
+    ticket: Ticket | None = None,
 ) -> Tensor:
     """Project every token into each of its groups by the group's chosen experts.
 
         out[n, h] = sum_k gate[n, h, k] · (x[n] @ weight[e] + bias[e]),  e = plan.index[n, h, k]
 
     x: [N, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, H, F] in the dtype of x.
-    cast: a copy of a float32 `weight` in the compute dtype, see `cast_weights`. Raises `ValueError` for shapes that
-    do not fit the plan.
+    cast: a copy of a float32 `weight` in the compute dtype, see `cast_weights`. ticket: of this use, see
+    `projection_tickets`. Raises `ValueError` for shapes that do not fit the plan.
     """
-    return _project("expert_split", x, weight, plan, gate, bias, cast)
+    return _project("expert_split", x, weight, plan, gate, bias, cast, ticket)
 
 
 def expert_merge(
@@ -56,15 +61,16 @@ def expert_merge(
     bias: Tensor | None = None,
     *,
     cast: Tensor | None = None,
+    ticket: Ticket | None = None,
 ) -> Tensor:
     """Project the groups of every token by their chosen experts and add them up.
 
         out[n] = sum_h sum_k gate[n, h, k] · (x[n, h] @ weight[e] + bias[e]),  e = plan.index[n, h, k]
 
     x: [N, H, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, F] in the dtype of x.
-    cast: as in `expert_split`. Raises `ValueError` for shapes that do not fit the plan.
+    cast, ticket: as in `expert_split`. Raises `ValueError` for shapes that do not fit the plan.
     """
-    return _project("expert_merge", x, weight, plan, gate, bias, cast)
+    return _project("expert_merge", x, weight, plan, gate, bias, cast, ticket)
 
 
 def _project(
@@ -75,6 +81,7 @@ def _project(
     gate: Tensor | None,
     bias: Tensor | None,
     cast: Tensor | None,
+    ticket: Ticket | None,
 ) -> Tensor:
     if not torch.jit.is_tracing():
         _check(x, weight, plan, gate, bias, n_leading=1 if name == "expert_split" else 2)
@@ -82,10 +89,26 @@ def _project(
     cast = copy_for(weight, cast, x.dtype, "cast")
     width = weight.shape[2]
     x = widen(x, weight.shape[1] if cast is None else cast.shape[1])
+    if ticket is not None:
+        weight, cast = (weight if cast is None else cast).detach(), None
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
-    out = op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x))[0]
+    out = op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x), list(ticket or ()))[0]
     return out if torch.jit.is_tracing() or out.shape[-1] == width else out[..., :width]
+
+
+def projection_tickets(
+    weight: Tensor, n_uses: int, *, merge: bool, cast: Tensor, n_tokens: int, n_groups: int, top_k: int
+) -> list[Ticket]:
+    """Tickets of `n_uses` calls of `expert_merge` or `expert_split` with this weight and cast on `n_tokens` tokens."""
+    n_slots, (_, depth, width) = n_tokens * n_groups * top_k, cast.shape
+    ordered, gathered = (n_slots, depth if merge else width), (n_tokens, width if merge else depth)
+    left, right = (ordered, gathered) if merge else (gathered, ordered)
+    per_token = n_groups * top_k
+    return defer(
+        weight, n_uses, left=left, right=right, dtype=cast.dtype, n_slots=n_slots,
+        per_left=None if merge else per_token, per_right=per_token if merge else None,
+    )  # fmt: skip
 
 
 def _check(
@@ -149,21 +172,29 @@ def _backward(
     routing: Sequence[Tensor],
     kept: Tensor,
     wants: Sequence[bool],
+    hand_in: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, gate, bias; empty where not wanted. Body of both backwards."""
+    """Gradients of x, weight, gate, bias, and what is handed in; empty where not wanted. Body of both backwards.
+
+    Handed in: gate times the output gradient (split) or the input (merge) in expert order, slots, offsets.
+    """
     matrix = weight if cast is None else cast
     if backend == "triton":
         from moeut_kernels import triton_projection
 
-        return triton_projection.backward(merge, grad, x, matrix, weight, gate, bias, routing, kept, wants)
+        grads = triton_projection.backward(
+            merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in
+        )
+        return *grads, *plan_message(routing[1], routing[3], hand_in)
     index, slots, position, offsets, *_ = routing
     per_input, per_output = _slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x, d_weight, d_gate, d_bias = (grad.new_empty(0) for _ in wants)
     flat = grad.reshape(-1, grad.shape[-1])
     d_rows = flat.index_select(0, slots // per_output)
-    needs_back, needs_rows = want_x or (want_gate and merge), want_weight or (want_gate and merge)
+    needs_back = want_x or (want_gate and merge)
+    needs_rows = want_weight or hand_in or (want_gate and merge)
     if needs_back:
         back = reference.grouped_rows(d_rows, matrix.transpose(1, 2), offsets, backend)
     if needs_rows:
@@ -178,9 +209,9 @@ def _backward(
             scores = flat @ bias.to(flat.dtype).t()
             dots += scores.gather(1, index.reshape(-1, per_output).long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
+    if (want_weight or hand_in) and gate is not None:
+        (rows if merge else d_rows).mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
     if want_weight:
-        if gate is not None:
-            (rows if merge else d_rows).mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
         d_weight = reference.grouped_outer(rows, d_rows, offsets, backend).to(weight.dtype)
         d_weight = d_weight[:, : weight.shape[1], : weight.shape[2]].contiguous()
     if want_bias:
@@ -189,49 +220,64 @@ def _backward(
             gates.reshape(-1, per_output), index.reshape(-1, per_output), weight.shape[0]
         )
         d_bias = (dense.t() @ flat).to(bias.dtype)
-    return d_x, d_weight, d_gate, d_bias
+    ordered = (rows if merge else d_rows) if hand_in else grad.new_empty(0)
+    return d_x, d_weight, d_gate, d_bias, ordered, *plan_message(slots, offsets, hand_in)
 
 
 def _register(name: str, merge: bool) -> None:
     """One forward and one backward op with fake, autograd and FLOP formulas."""
 
     def forward(x, weight, cast, gate, bias, *rest):
-        *routing, save, backend = rest
+        *routing, save, backend, _ = rest
         return _forward(merge, x, weight, cast, gate, bias, routing, save, backend)
 
     def backward(grad, x, weight, cast, gate, bias, *rest):
-        *routing, kept, wants, backend = rest
-        return _backward(merge, grad, x, weight, cast, gate, bias, routing, kept, wants, backend)
+        *routing, kept, wants, hand_in, backend = rest
+        return _backward(merge, grad, x, weight, cast, gate, bias, routing, kept, wants, hand_in, backend)
 
     def fake_forward(x, weight, cast, gate, bias, index, slots, *rest):
         n_tokens, n_groups, _ = index.shape
-        width, save = (weight if cast is None else cast).shape[2], rest[-2]
+        width, save = (weight if cast is None else cast).shape[2], rest[-3]
         out = x.new_empty((n_tokens, width) if merge else (n_tokens, n_groups, width))
         return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
 
     def fake_backward(grad, x, weight, cast, gate, bias, *rest):
-        sources = zip((x, weight, gate, bias), rest[-2], strict=True)
-        return tuple(
+        slots, offsets, wants, hand_in = rest[1], rest[3], *rest[-3:-1]
+        gradients = (
             grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
-            for source, wanted in sources
+            for source, wanted in zip((x, weight, gate, bias), wants, strict=True)
+        )
+        width = (weight if cast is None else cast).shape[1 if merge else 2]
+        return (
+            *gradients,
+            grad.new_empty((slots.shape[0], width) if hand_in else 0),
+            grad.new_empty(slots.shape if hand_in else 0, dtype=torch.float32),
+            grad.new_empty(offsets.shape if hand_in else 0, dtype=torch.float32),
         )
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, _, ctx.backend = inputs
+        *tensors, _, ctx.backend, tickets = inputs
+        ctx.n_tickets = len(tickets)
         ctx.save_for_backward(*tensors, output[1])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
-    def differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 14
+            return *(None,) * 14, [None] * ctx.n_tickets
         needs = ctx.needs_input_grad
+        saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
+        hand_in = any(needs[14])
         wants = [needs[0], needs[1], needs[3], needs[4]]
-        grads = backward_packet(grad, *ctx.saved_tensors, wants, ctx.backend)
+        *grads, ordered, slots, offsets = backward_packet(grad, *saved, wants, hand_in, ctx.backend)
         d_x, d_weight, d_gate, d_bias = (
             g if wanted else None for g, wanted in zip(grads, wants, strict=True)
         )
-        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 9
+        messages: list[Tensor | None] = [None] * ctx.n_tickets
+        if hand_in:
+            messages = [ordered, grad] if merge else [saved[0], ordered]
+            messages += [slots, offsets]
+        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 9, messages
 
     forward_op = torch.library.custom_op(f"moeut::{name}", forward, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(
@@ -250,7 +296,7 @@ def _register(name: str, merge: bool) -> None:
     def _(
         grad: Any, x: Any, weight: Any, cast: Any, gate: Any, bias: Any, index: Any, *rest: Any, **__: Any
     ) -> int:
-        want_x, want_weight, want_gate, _ = rest[-2]
+        want_x, want_weight, want_gate, _ = rest[-3]
         n_products = int(want_x or (merge and want_gate)) + int(want_weight)
         return n_products * 2 * math.prod(index) * weight[1] * weight[2]
 

@@ -108,14 +108,14 @@ def _pair_narrow(
 def _pair_wide(
     rows, weight, gate, products, out, dots, ordered, low_slots, position, table,
     depth: tl.constexpr, width: tl.constexpr, stride_depth: tl.constexpr, stride_width: tl.constexpr,
-    GATES: tl.constexpr, BACKWARD: tl.constexpr,
+    GATES: tl.constexpr, BACKWARD: tl.constexpr, DOTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[item] = g1 · rows[item] @ W1 + g2 · rows[item] @ W2, from few columns to many.
 
     A column slice of both matrices is loaded once, the items of the pair pass by. BACKWARD (of a split, `rows` its
-    output gradient, `products` what it kept): the first program of a pair has no slice but writes the gate gradients
-    and gate · rows in expert order.
+    output gradient): the first program of a pair has no slice but writes gate · rows in expert order and, where
+    `products` of the forward were kept (DOTS), the gate gradients.
     """
     EVEN_DEPTH: tl.constexpr = depth == DEPTH
     EVEN_WIDTH: tl.constexpr = width % COLUMNS == 0
@@ -136,7 +136,7 @@ def _pair_wide(
                 x = tl.load(rows + item.to(tl.int64)[:, None] * depth + k[None, :], mask=mask, other=0.0).to(
                     tl.float32
                 )
-                if GATES:
+                if DOTS:
                     u_at = products + k[None, :]
                     u1 = tl.load(u_at + slot1.to(tl.int64)[:, None] * depth, mask=mask, other=0.0)
                     u2 = tl.load(u_at + slot2.to(tl.int64)[:, None] * depth, mask=mask, other=0.0)
@@ -221,7 +221,7 @@ def wide(
     """Few columns to many: (sums [items, F], gate gradients by slot, gate · rows in expert order).
 
     rows: [items, D]. weight: [E, D, F], or [E, F, D] where transposed. The last two are written where `products` is
-    given, what `narrow` kept of the forward (empty without gates); empty otherwise.
+    given, what `narrow` kept of the forward; the gate gradients only if that is not empty.
     """
     depth, width = rows.shape[1], weight.shape[1] if transposed else weight.shape[2]
     n_items, backward = low_slots.shape[0], products is not None
@@ -237,7 +237,7 @@ def wide(
         _pair_wide[(triton.cdiv(width, columns) + backward, chunks.shape[0])](
             rows, weight, gate, products, out, dots, ordered, low_slots, position, chunks,
             depth, width, stride_depth, stride_width,
-            gate is not None, backward,
+            gate is not None, backward, backward and products.numel() > 0,
             t.rows, columns, deep, t.stages, num_warps=t.warps,
         )  # fmt: skip
     return out, dots, ordered

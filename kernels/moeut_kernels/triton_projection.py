@@ -67,8 +67,10 @@ def backward(
     routing: Routing,
     kept: Tensor,
     wants: Sequence[bool],
+    hand_in: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, gate, bias; empty where not wanted. Body of both backwards.
+    """Gradients of x, weight, gate, bias; and gate times the narrow rows in expert order, which a deferred gradient
+    needs. Empty where not wanted. Body of both backwards.
 
     master: the weight, whose shape and dtype its gradient has; `weight` may be padded.
     """
@@ -77,15 +79,16 @@ def backward(
     operands = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight, master, gate)
     if _by_pairs(weight, bias, routing[5], merge):
         body = _merge_by_pairs if merge else _split_by_pairs
-        d_x, d_weight, d_gate = body(*operands, routing, kept, wants[1])
+        d_x, d_weight, d_gate, ordered = body(*operands, routing, kept, wants[1])
         d_bias = None
     else:
         d_x, d_weight, d_gate, d_bias = _by_slots(merge, *operands, bias, routing, kept, wants)
+        ordered = _ordered_rows(operands[1] if merge else operands[0], gate, routing) if hand_in else None
     if wants[0]:
         d_x = d_x.view(x.shape)
     if wants[2]:
         d_gate = d_gate.view(gate.shape).to(gate.dtype)
-    grads = zip((d_x, d_weight, d_gate, d_bias), wants, strict=True)
+    grads = zip((d_x, d_weight, d_gate, d_bias, ordered), (*wants, hand_in), strict=True)
     return tuple(g if wanted else grad.new_empty(0) for g, wanted in grads)
 
 
@@ -98,7 +101,7 @@ def _split_by_pairs(
     routing: Routing,
     kept: Tensor,
     want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
     partial, dots, ordered = triton_pairs.wide(
@@ -113,7 +116,7 @@ def _split_by_pairs(
     )
     d_weight = torch.empty(master.shape if want_weight else 0, dtype=master.dtype, device=x.device)
     weight_gradient([x], [ordered], [slots], [offsets], per_left=2 * n_groups, per_right=None, out=d_weight)
-    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots
+    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots, ordered
 
 
 def _merge_by_pairs(
@@ -125,7 +128,7 @@ def _merge_by_pairs(
     routing: Routing,
     kept: Tensor,
     want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
     pairs = (gate, low_slots, position, pair_tiles)
@@ -136,7 +139,14 @@ def _merge_by_pairs(
     weight_gradient(
         [ordered], [grad], [slots], [offsets], per_left=None, per_right=2 * n_groups, out=d_weight
     )
-    return d_x, d_weight, dots
+    return d_x, d_weight, dots, ordered
+
+
+def _ordered_rows(rows: Tensor, gate: Tensor | None, routing: Routing) -> Tensor:
+    """gate · rows in expert order; every (token, group) row once for each of its choices."""
+    index, slots = routing[:2]
+    ordered = rows.index_select(0, slots // index.shape[2])
+    return ordered if gate is None else ordered.mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
 
 
 def _by_slots(

@@ -15,11 +15,13 @@ from moeut_compose.blocks.linear import Linear, Lora, joint_linear
 from moeut_compose.blocks.roles import (
     Alive,
     Call,
+    Copies,
     Mixed,
     Mixer,
     Position,
     Router,
     Routing,
+    Tickets,
     everyone,
     running,
 )
@@ -111,6 +113,26 @@ class SwitchHead(Mixer):
     def takes_padded(self) -> bool:
         return True
 
+    def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
+        tickets: list[Tickets] = [{} for _ in range(n_calls)]
+        routers = {"value": self.value_router, "output": self.output_router}
+        for name, weight in self.expert_weights().items():
+            router = routers[name]
+            if router is None:
+                continue
+            of_weight = mk.projection_tickets(
+                weight,
+                n_calls,
+                merge=name == "output",
+                cast=copies[name],
+                n_tokens=n_tokens,
+                n_groups=self.n_heads,
+                top_k=router.n_choices,
+            )
+            for of_call, ticket in zip(tickets, of_weight, strict=True):
+                of_call[name] = ticket
+        return tickets
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         products = self._joint_products(query) if query is key else None
         if products is None:
@@ -152,7 +174,14 @@ class SwitchHead(Mixer):
             v = torch.einsum("btd,hdf->bhtf", value, self.value)
             return v * routing.gate.squeeze(-1).transpose(1, 2)[..., None].to(v.dtype), stats
         plan, gate = self._plan(routing)
-        v = mk.expert_split(value.flatten(0, 1), self.value, plan, gate, cast=call.copy_of("value"))
+        v = mk.expert_split(
+            value.flatten(0, 1),
+            self.value,
+            plan,
+            gate,
+            cast=call.copy_of("value"),
+            ticket=call.ticket_of("value"),
+        )
         return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
 
     def _outputs(
@@ -170,7 +199,9 @@ class SwitchHead(Mixer):
             return torch.einsum("bhtf,hfd->btd", gated, self.output), stats
         plan, gate = self._plan(routing, alive)
         rows = running(mixed.transpose(1, 2).flatten(0, 1), alive)
-        output = mk.expert_merge(rows, self.output, plan, gate, cast=call.copy_of("output"))
+        output = mk.expert_merge(
+            rows, self.output, plan, gate, cast=call.copy_of("output"), ticket=call.ticket_of("output")
+        )
         return everyone(output, alive).view(batch, length, -1), stats
 
 

@@ -49,7 +49,7 @@ def test_formed_once_or_added_up(monkeypatch, changes):
     assert set(arrivals.values()) == {1}
     added, _ = gradients(model, monkeypatch)
     for name, gradient in once.items():
-        expert = name.endswith(("feedforward.up", "feedforward.down"))
+        expert = name.endswith((".up", ".down", ".value", ".output"))
         assert (gradient - added[name]).norm() <= (3e-3 if expert else 0) * added[name].norm(), name
 
 

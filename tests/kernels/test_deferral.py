@@ -140,3 +140,69 @@ def test_padded_copies_give_gradients_of_the_odd_widths(cases, backend):
         actual = torch.autograd.grad(run(w_up, w_down, uses, tickets, apply=apply), (w_up, w_down))
     assert [g.shape for g in actual] == [w_up.shape, w_down.shape]
     assert all(cases.error(a, b) < 1e-2 for a, b in zip(actual, expected, strict=True))
+
+
+def make_projection(merge: bool):
+    """A projection by 12 experts, 3 groups with 4 of their own, and three uses of 9 tokens with two choices each."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, *((4, 6) if merge else (6, 4)), generator=generator).requires_grad_()
+    uses = []
+    for _ in range(3):
+        index = torch.rand(9, 3, 4, generator=generator).topk(2, -1)[1] + 4 * torch.arange(3)[:, None]
+        x = torch.randn(9, *((3, 4) if merge else (6,)), generator=generator).requires_grad_()
+        uses.append((x, index, torch.randn(9, 3, 2, generator=generator).requires_grad_()))
+    return weight, uses
+
+
+def project(merge: bool, weight, uses, tickets, gated=True):
+    op, total = mk.expert_merge if merge else mk.expert_split, 0.0
+    for (x, index, gate), ticket in zip(uses, tickets, strict=True):
+        plan = mk.plan(index, 12, disjoint=True)
+        total = total + op(x, weight, plan, gate if gated else None, ticket=ticket).sin().sum()
+    return total
+
+
+def projection_tickets(merge: bool, weight):
+    return mk.projection_tickets(weight, 3, merge=merge, cast=weight, n_tokens=9, n_groups=3, top_k=2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("merge", [False, True])
+def test_projections_equal_the_sum_of_the_uses(cases, merge, gated, backend):
+    weight, uses = make_projection(merge)
+    leaves = [weight, *(leaf for x, _, gate in uses for leaf in ((x, gate) if gated else (x,)))]
+    with mk.use_backend(backend):
+        expected = torch.autograd.grad(project(merge, weight, uses, [None] * 3, gated), leaves)
+        tickets = projection_tickets(merge, weight)
+        actual = torch.autograd.grad(project(merge, weight, uses, tickets, gated), leaves)
+    assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_gradients_of_projections_reach_a_weight_once(merge):
+    weight, uses = make_projection(merge)
+    arrived = []
+    weight.register_post_accumulate_grad_hook(arrived.append)
+    project(merge, weight, uses, projection_tickets(merge, weight)).backward()
+    assert len(arrived) == 1
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_projections_from_padded_copies(cases, merge):
+    weight, uses = make_projection(merge)
+    uses = [(x.detach().bfloat16(), index, gate) for x, index, gate in uses]
+    (cast,) = mk.cast_weights(weight, dtype=torch.bfloat16, padded=True)
+    tickets = mk.projection_tickets(weight, 3, merge=merge, cast=cast, n_tokens=9, n_groups=3, top_k=2)
+    op = mk.expert_merge if merge else mk.expert_split
+
+    def gradient(tickets):
+        outs = [
+            op(x, weight, mk.plan(index, 12, disjoint=True), gate, cast=cast, ticket=ticket)
+            for (x, index, gate), ticket in zip(uses, tickets, strict=True)
+        ]
+        return torch.autograd.grad(sum(out.float().sin().sum() for out in outs), weight)[0]
+
+    actual, expected = gradient(tickets), gradient([None] * 3)
+    assert actual.shape == weight.shape
+    assert cases.error(actual, expected) < 1e-2

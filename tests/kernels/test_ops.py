@@ -158,7 +158,7 @@ def arguments(cases, op, dtype=torch.float32, activation="relu"):
             "torch",
             [],
         )
-    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch"
+    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch", []
 
 
 @pytest.mark.parametrize("op", OPS)

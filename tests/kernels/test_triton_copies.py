@@ -80,3 +80,35 @@ def test_deferred_gradients(cases):
     expected.backward()
     for ours, wanted in zip((w_up, w_down), exact, strict=True):
         assert cases.error(ours.grad, wanted.grad) < 4e-3
+
+
+@pytest.mark.parametrize("disjoint", [True, False], ids=["pairs", "many pairs"])
+@pytest.mark.parametrize("op", ["split", "merge"])
+def test_deferred_gradients_of_projections(cases, op, disjoint):
+    """Three uses with different routings: one gradient, of the odd shape of the weight."""
+    n_experts = 12 if disjoint else 70  # so many that items are not grouped by pair
+    case = cases.make(op, n_tokens=40, n_groups=3, n_experts=n_experts, d_in=21, d_out=37)
+    if disjoint:
+        case.index = case.index % 4 + 4 * torch.arange(3)[:, None]
+    weight = case.operands["weight"].to(HALF).float().to(DEVICE).requires_grad_()
+    (cast,) = mk.cast_weights(weight, dtype=HALF, padded=True)
+    tickets = mk.projection_tickets(
+        weight, 3, merge=op == "merge", cast=cast, n_tokens=40, n_groups=3, top_k=case.index.shape[2]
+    )
+    exact = weight.detach().double().cpu().requires_grad_()
+    total, expected = 0.0, 0.0
+    for shift, ticket in enumerate(tickets):
+        x, gate = case.operands["x"].roll(shift, 0).to(HALF), case.operands["gate"].float().roll(shift, 0)
+        index = case.index.roll(2 * shift, 0)
+        plan = mk.plan(index.to(DEVICE), n_experts, disjoint=disjoint)
+        assert (plan.low_slots.numel() > 0) == disjoint
+        apply = mk.expert_split if op == "split" else mk.expert_merge
+        out = apply(x.to(DEVICE), weight, plan, gate.to(DEVICE), cast=cast, ticket=ticket)
+        cotangent = torch.randn(out.shape, dtype=torch.float64).to(HALF)
+        total = total + (out * cotangent.to(DEVICE)).float().sum()
+        operands = {**case.operands, "x": x.double(), "gate": gate.double(), "weight": exact}
+        defined = cases.Case(op, index, n_experts, operands).define(operands)
+        expected = expected + (defined * cotangent.double()).sum()
+    total.backward()
+    expected.backward()
+    assert cases.error(weight.grad, exact.grad) < 4e-3
