@@ -10,7 +10,7 @@ from moeut_kernels.deferral import Ticket
 from moeut_kernels.feedforward import expert_feedforward, feedforward_tickets
 from moeut_kernels.plan import Plan, plan
 from moeut_kernels.projection import expert_merge, expert_split, projection_tickets
-from moeut_kernels.router import padded_logits, topk_sigmoid, topk_softmax
+from moeut_kernels.router import padded_logits, topk_sigmoid, topk_sigmoid_usage, topk_softmax
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "projection_tickets",
     "resolve",
     "topk_sigmoid",
+    "topk_sigmoid_usage",
     "topk_softmax",
     "use_backend",
 ]

@@ -21,14 +21,27 @@ class Observation(NamedTuple):
 
     logits: Tensor
     """`[B, T, H, E]`, at least float32."""
-    probability: Tensor
-    """`[B, T, H, E]` softmax of the logits; zero for tokens that rest."""
     index: Tensor  # type: ignore[assignment]  # a field, not the method of tuples
     """`[B, T, H, K]` chosen experts."""
     gate: Tensor
     """`[B, T, H, K]` their weights."""
     alive: Tensor | None
-    """`[B, T]` mass that has not halted; None means one everywhere."""
+    """`[B, T]` mass that has not halted, zero for tokens that rest; None means one everywhere."""
+    known_usage: Tensor | None = None
+    """What `usage` returns, where the router has it already."""
+
+    def probability(self) -> Tensor:
+        """`[B, T, H, E]` softmax of the logits; zero for tokens that rest."""
+        probability = self.logits.softmax(-1)
+        if self.alive is None:
+            return probability
+        return probability.masked_fill((self.alive == 0)[:, :, None, None], 0.0)
+
+    def usage(self) -> Tensor:
+        """`[B, H, E]` probability of each expert, times mass, summed over the tokens."""
+        if self.known_usage is not None:
+            return self.known_usage
+        return (self.probability() * self.mass()).sum(1)
 
     def mass(self) -> Tensor:
         """`[B, T, 1, 1]` weight of each token."""
@@ -77,8 +90,7 @@ class Entropy(Balance):
     name = "entropy"
 
     def observe(self, seen: Observation) -> Stats:
-        mass = seen.mass()
-        return {"probability": (seen.probability * mass).sum(1), "mass": mass.sum(1)}
+        return {"probability": seen.usage(), "mass": seen.mass().sum(1)}
 
     def loss(self, stats: Stats) -> Tensor:
         sums = self.pooled(stats)
@@ -93,7 +105,7 @@ class Switch(Balance):
     name = "switch"
 
     def observe(self, seen: Observation) -> Stats:
-        return {"probability": (seen.probability * seen.mass()).sum(1), "count": seen.load()}
+        return {"probability": seen.usage(), "count": seen.load()}
 
     def loss(self, stats: Stats) -> Tensor:
         sums = self.pooled(stats)
@@ -138,10 +150,10 @@ class MutualInformation(Balance):
     name = "mutual_information"
 
     def observe(self, seen: Observation) -> Stats:
-        mass = seen.mass()
+        mass, probability = seen.mass(), seen.probability()
         return {
-            "probability": (seen.probability * mass).sum(1),
-            "entropy": (torch.special.entr(seen.probability).sum(-1, keepdim=True) * mass).sum(1),
+            "probability": (probability * mass).sum(1),
+            "entropy": (torch.special.entr(probability).sum(-1, keepdim=True) * mass).sum(1),
             "mass": mass.sum(1),
             "masked": mass.new_full((mass.shape[0], 1, 1), 0.0 if seen.alive is None else 1.0),
         }

@@ -39,18 +39,20 @@ class BalancedRouter(Router):
             torch.rand_like(scores) < self.expert_dropout, torch.finfo(scores.dtype).min
         )
 
-    def routing(self, logits: Tensor, index: Tensor, gate: Tensor, alive: Alive | None) -> Routing:
-        """The choice and what balance terms make of it; tokens that rest weigh their experts with zero."""
+    def routing(
+        self, logits: Tensor, index: Tensor, gate: Tensor, alive: Alive | None, usage: Tensor | None = None
+    ) -> Routing:
+        """The choice and what balance terms make of it; tokens that rest weigh their experts with zero.
+
+        usage: `[B, H, E]` sum of the softmax over all tokens, where it is known and no token rests.
+        """
         if alive is not None:
             gate = gate.masked_fill(alive.rests[:, :, None, None], 0.0)
         if not (self.training and self.observes):
             return Routing(index, gate, {}, logits)
-        probability = logits.softmax(-1)
         if alive is not None:
-            rests = alive.rests[:, :, None, None]
-            logits, probability = logits.masked_fill(rests, 0.0), probability.masked_fill(rests, 0.0)
-        mass = None if alive is None else alive.mass
-        seen = Observation(logits, probability, index, gate, mass)
+            logits = logits.masked_fill(alive.rests[:, :, None, None], 0.0)
+        seen = Observation(logits, index, gate, None if alive is None else alive.mass, usage)
         return Routing(index, gate, self.observe(seen), logits)
 
     def observe(self, seen: Observation) -> Stats:
@@ -94,16 +96,17 @@ class LinearRouter(BalancedRouter):
         normal_(self.weight, std=scale / math.sqrt(self.weight.shape[1]))
 
     def scores(self, x: Tensor) -> Tensor:
-        """`[B, T, H, E]` of `x [B, T, D]`, in the dtype of the product."""
-        return self.by_head(mk.padded_logits(x, self.weight.to(x.dtype))[..., : self.weight.shape[0]])
+        """`[B, T, H, E']` of `x [B, T, D]`, in the dtype of the product; columns beyond E are padding."""
+        columns = mk.padded_logits(x, self.weight.to(x.dtype))
+        return columns.unsqueeze(-2) if self.n_heads == 1 else self.by_head(columns)
 
     def by_head(self, columns: Tensor) -> Tensor:
-        """`[B, T, H, E]` of products `[B, T, H * E]` with the rows of the weight."""
-        return columns.reshape(*columns.shape[:-1], self.n_heads, self.n_experts)
+        """`[B, T, H, E]` of products `[B, T, >= H * E]` with the rows of the weight."""
+        return columns[..., : self.weight.shape[0]].unflatten(-1, (self.n_heads, self.n_experts))
 
     def logits(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` of `x [B, T, D]`, in at least float32."""
-        return at_least_float32(self.scores(x))
+        return at_least_float32(self.scores(x)[..., : self.n_experts])
 
 
 class SigmoidRouter(LinearRouter):
@@ -143,13 +146,16 @@ class SigmoidRouter(LinearRouter):
     def forward(self, x: Tensor, alive: Alive | None, columns: Tensor | None = None) -> Routing:
         """Route `x [B, T, D]`, whose products with the rows of the weight may be known already: `columns`."""
         scores = self.scores(x) if columns is None else self.by_head(columns)
-        logits = at_least_float32(scores)
+        logits = at_least_float32(scores[..., : self.n_experts])
         if self.training and self.expert_dropout:
             candidates = self.hide(logits)
             _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
             gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
+        elif self.training and self.observes and alive is None:
+            index, gate, usage = mk.topk_sigmoid_usage(scores, self.top_k, self.n_experts)
+            return self.routing(logits, index, gate, alive, usage)
         else:
-            index, gate = mk.topk_sigmoid(scores, self.top_k)
+            index, gate = mk.topk_sigmoid(scores, self.top_k, self.n_experts)
         return self.routing(logits, index, gate, alive)
 
 

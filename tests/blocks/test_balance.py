@@ -26,7 +26,7 @@ def observation(seed: int = 0, alive: Tensor | None = None) -> Observation:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, T, H, E, dtype=torch.float64, generator=generator).requires_grad_()
     chosen, index = logits.topk(K, dim=-1)
-    return Observation(logits, logits.softmax(-1), index, chosen.sigmoid(), alive)
+    return Observation(logits, index, chosen.sigmoid(), alive)
 
 
 def terms(scope: str) -> list[Balance]:
@@ -108,7 +108,7 @@ def test_repeats_pool_distributions_before_the_formula() -> None:
     first[..., 0], second[..., 1] = 50.0, 50.0
     term = Entropy(1.0, "sequence")
     stats = [
-        term.observe(Observation(z, z.softmax(-1), z.argmax(-1, keepdim=True), torch.ones(1, 3, 1, 1), None))
+        term.observe(Observation(z, z.argmax(-1, keepdim=True), torch.ones(1, 3, 1, 1), None))
         for z in (first, second)
     ]
     assert term.loss(stats[0]).item() == pytest.approx(0.0, abs=1e-12)
@@ -133,7 +133,7 @@ def test_a_sequence_term_does_not_depend_on_the_rest_of_the_batch() -> None:
 def test_even_routing_is_where_switch_is_one_and_entropy_is_least() -> None:
     logits = torch.zeros(1, E, 1, E, dtype=torch.float64)
     index = torch.arange(E).view(1, E, 1, 1)
-    seen = Observation(logits, logits.softmax(-1), index, torch.ones(1, E, 1, 1, dtype=torch.float64), None)
+    seen = Observation(logits, index, torch.ones(1, E, 1, 1, dtype=torch.float64), None)
     assert Switch(1.0, "sequence").loss(Switch(1.0, "sequence").observe(seen)).item() == pytest.approx(1.0)
     assert Entropy(1.0, "sequence").loss(Entropy(1.0, "sequence").observe(seen)).item() == pytest.approx(
         -math.log(E)
@@ -144,7 +144,7 @@ def test_mutual_information_as_coded_has_the_wrong_sign_and_the_other_has_not() 
     """Uniform routing carries no information: 0 is right, 2 log E is what was published (with halting)."""
     logits = torch.zeros(1, 8, 1, E, dtype=torch.float64)
     gate = torch.ones(1, 8, 1, 1, dtype=torch.float64)
-    seen = Observation(logits, logits.softmax(-1), torch.zeros(1, 8, 1, 1).long(), gate, torch.ones(1, 8))
+    seen = Observation(logits, torch.zeros(1, 8, 1, 1).long(), gate, torch.ones(1, 8))
     right, coded = MutualInformation(1.0, "micro_batch"), MutualInformationAsCoded(1.0, "micro_batch")
     assert right.loss(right.observe(seen)).item() == pytest.approx(0.0, abs=1e-12)
     assert coded.loss(coded.observe(seen)).item() == pytest.approx(2 * math.log(E))
@@ -157,13 +157,10 @@ def test_tokens_at_rest_count_nowhere() -> None:
     rests = (alive == 0)[:, :, None, None]
     masked = Observation(
         whole.logits.masked_fill(rests, 0.0),
-        whole.probability.masked_fill(rests, 0.0),
         whole.index,
         whole.gate.masked_fill(rests, 0.0),
         alive,
     )
-    short = Observation(
-        *(part[:, :3] for part in (whole.logits, whole.probability, whole.index, whole.gate, alive))
-    )
+    short = Observation(*(part[:, :3] for part in (whole.logits, whole.index, whole.gate, alive)))
     for term in terms("sequence"):
         torch.testing.assert_close(term.loss(term.observe(masked)), term.loss(term.observe(short)))

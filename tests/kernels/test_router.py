@@ -44,3 +44,13 @@ def test_no_tokens_and_strided_logits(choose):
     logits = torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(0))
     for got, expected in zip(choose(logits.mT.contiguous().mT, 3), choose(logits, 3), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_usage_is_the_softmax_summed_over_tokens():
+    logits = torch.randn(2, 7, 3, 6, dtype=torch.float64, requires_grad=True)
+    index, gate, usage = mk.topk_sigmoid_usage(logits, 2, 5)
+    for got, expected in zip((index, gate), mk.topk_sigmoid(logits, 2, 5), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(usage, logits[..., :5].softmax(-1).sum(1))
+    with pytest.raises(ValueError, match="must be"):
+        mk.topk_sigmoid_usage(logits[0], 2)

@@ -88,3 +88,34 @@ def test_topk_of_rows_that_do_not_touch(columns):
     expected = logits.cpu().topk(3, dim=-1)
     assert torch.equal(index.cpu(), expected.indices)
     torch.testing.assert_close(gate.cpu(), expected.values.sigmoid())
+
+
+@pytest.mark.parametrize("used", ["both", "gates", "usage"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_heads", "n_experts", "width"), [(1, 37, 40), (3, 5, 5), (4, 2, 2), (1, 1, 8)])
+def test_usage(dtype, used, n_heads, n_experts, width):
+    """Gates and usage together: values and the one gradient, of logits that lie inside wider rows."""
+    top_k, n_columns = min(2, n_experts), n_heads * width
+    rows = torch.randn(3, 21, n_columns + 5, dtype=torch.float64).to(dtype)
+    ours = rows.to(DEVICE).clone().requires_grad_()
+    logits = ours[..., 2 : 2 + n_columns].unflatten(-1, (n_heads, width))
+    index, gate, usage = mk.topk_sigmoid_usage(logits, top_k, n_experts)
+    exact = rows.double().requires_grad_()
+    z = exact[..., 2 : 2 + n_columns].unflatten(-1, (n_heads, width))[..., :n_experts]
+    order = torch.argsort(z, dim=-1, descending=True, stable=True)[..., :top_k]
+    assert torch.equal(index.cpu(), order)
+    expected = {"gates": z.gather(-1, order).sigmoid(), "usage": z.softmax(-1).sum(1)}
+    got = {"gates": gate, "usage": usage}
+    total, wanted = 0.0, 0.0
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].detach().cpu().double(), value.detach(), rtol=1e-5, atol=1e-5)
+        if used in ("both", name):
+            cotangent = torch.randn(value.shape, dtype=torch.float64)
+            total = total + (got[name] * cotangent.to(DEVICE)).sum()
+            wanted = wanted + (value * cotangent).sum()
+    total.backward()
+    wanted.backward()
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        ours.grad.cpu().double(), exact.grad, rtol=bound, atol=1e-6 if bound < 1e-4 else 1e-3
+    )
