@@ -235,9 +235,10 @@ def _weight_gradient(
     lefts, rights, gate, out, slot_lists, offset_lists, per_left: tl.constexpr, per_right: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, stride_left: tl.constexpr, stride_right: tl.constexpr,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    USES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    USES: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum over all uses, over the rows of e, of left[r]ᵀ (gate · right[r]): one program per tile of a matrix.
+    """out[u, e] = sum over TOGETHER uses, over the rows of e, of left[r]ᵀ (gate · right[r]): a program per tile of it.
 
     Rows may be longer than the matrix is wide: what lies beyond is read and left out. TRANSPOSED stores the transposed
     sum. GROUP tiles of a matrix run before those of the next expert.
@@ -245,11 +246,13 @@ def _weight_gradient(
     EVEN: tl.constexpr = stride_left % ROWS == 0 and stride_right % COLUMNS == 0
     n_across: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(1)
-    part = tl.program_id(2) * GROUP + tl.program_id(0)
+    part = tl.program_id(2) % GROUPS * GROUP + tl.program_id(0)
+    out += (tl.program_id(2) // GROUPS).to(tl.int64) * tl.num_programs(1) * height * width
+    first_use = tl.program_id(2) // GROUPS * TOGETHER
     m = part // n_across * ROWS + tl.arange(0, ROWS)
     n = part % n_across * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for use in range(USES):
+    for use in range(first_use, tl.minimum(first_use + TOGETHER, USES)):
         left, right, slots, offsets = lefts[0], rights[0], slot_lists[0], offset_lists[0]
         for other in tl.static_range(1, USES):
             left = tl.where(use == other, lefts[other], left)
@@ -284,6 +287,10 @@ MOST_PARTS = {"weight": 4, "weight_uses": 8}
 """Tiles of 128 x 128 of a matrix that run before the next expert: with more, the gathered columns outgrow the cache."""
 
 
+FEWEST_PROGRAMS = 2048
+"""With fewer, an expert that has many rows holds up all others: uses are then added up by separate programs."""
+
+
 def weight_gradient(
     lefts: Sequence[Tensor], rights: Sequence[Tensor], slots: Sequence[Tensor], offsets: Sequence[Tensor], *,
     per_left: int | None, per_right: int | None, out: Tensor, gate: Tensor | None = None,
@@ -310,10 +317,13 @@ def weight_gradient(
     n_parts = triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns)
     most_parts = max(1, MOST_PARTS[product] * 128 * 128 // (n_rows * n_columns))
     group = next(size for size in range(min(most_parts, n_parts), 0, -1) if n_parts % size == 0)
-    _weight_gradient[(group, n_experts, n_parts // group)](
-        tuple(lefts), tuple(rights), gate, out, tuple(slots), tuple(offsets), per_left or 1, per_right or 1,
+    together = max(1, n_uses * n_parts * n_experts // FEWEST_PROGRAMS)
+    n_sums = triton.cdiv(n_uses, together)
+    sums = out if n_sums == 1 else torch.empty(n_sums, *out.shape, dtype=torch.float32, device=out.device)
+    _weight_gradient[(group, n_experts, n_parts // group * n_sums)](
+        tuple(lefts), tuple(rights), gate, sums, tuple(slots), tuple(offsets), per_left or 1, per_right or 1,
         height, width, lefts[0].shape[1], rights[0].shape[1],
         per_left is not None, per_right is not None, gate is not None, swapped,
-        n_uses, group, n_rows, n_columns, t.depth, **t.launch,
+        n_uses, min(together, n_uses), group, n_parts // group, n_rows, n_columns, t.depth, **t.launch,
     )  # fmt: skip
-    return out
+    return out if n_sums == 1 else out.copy_(sums.sum(0))

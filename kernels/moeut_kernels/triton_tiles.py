@@ -46,7 +46,7 @@ _LARGE = {
     "weight_uses": Tile(128, 128, 32, 4, 5),
     "pair_narrow": Tile(128, 128, 64, 8, 4),
     "pair_narrow_backward": Tile(128, 128, 64, 8, 4),
-    "pair_wide": Tile(64, 128, 0, 4, 2),
+    "pair_wide": Tile(64, 128, 0, 8, 3),
 }
 _SMALL = {
     "gather": Tile(128, 64, 32, 4, 3),

@@ -151,7 +151,8 @@ class SigmoidRouter(LinearRouter):
             candidates = self.hide(logits)
             _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
             gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
-        elif self.training and self.observes and alive is None:
+        elif self.training and self.observes and alive is None and columns is None:
+            # of joint products, the gradients are put side by side while the compiler computes them
             index, gate, usage = mk.topk_sigmoid_usage(scores, self.top_k, self.n_experts)
             return self.routing(logits, index, gate, alive, usage)
         else:

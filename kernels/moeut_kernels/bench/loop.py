@@ -33,10 +33,10 @@ def loop_over_experts(form: str = "loop") -> Iterator[None]:
             options.pop(name, None)
         return looped_feedforward(x, w_up, w_down, plan.index, gate, indexed=indexed, **options)
 
-    def split(x, weight, plan, gate=None, bias=None, *, cast=None):  # type: ignore[no-untyped-def]
+    def split(x, weight, plan, gate=None, bias=None, **copies):  # type: ignore[no-untyped-def]
         return looped_split(x, weight, plan.index, gate, bias, indexed=indexed)
 
-    def merge(x, weight, plan, gate=None, bias=None, *, cast=None):  # type: ignore[no-untyped-def]
+    def merge(x, weight, plan, gate=None, bias=None, **copies):  # type: ignore[no-untyped-def]
         return looped_merge(x, weight, plan.index, gate, bias, indexed=indexed)
 
     replaced = {
