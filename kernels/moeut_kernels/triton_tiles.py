@@ -1,8 +1,9 @@
-"""Static tile sizes of the Triton kernels, by class of device and dtype. Nothing is tuned while a model runs.
+"""Tile sizes of the Triton kernels, by class of device and dtype. Nothing is tuned while a model runs.
 
 A device class is read off the shared memory that one block may use: "large" from 160 KiB (A100, H100 and later data
 centre parts), else "small". float32 is multiplied by ordinary arithmetic (no tf32), with smaller tiles. Under Triton's
-interpreter all tiles are tiny, so that small tests still cross tile borders.
+interpreter all tiles are tiny, so that small tests still cross tile borders. In half precision a product takes the tile
+that was measured on this model of device instead, if someone ran the tuning command here (`tuned_tiles`).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from functools import cache
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
+
+from moeut_kernels import tuned_tiles
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,20 @@ def tile(product: str, x: torch.Tensor) -> Tile:
         return _INTERPRETED[product]
     if x.dtype == torch.float32:
         return _FLOAT32[product]
-    return (_LARGE if _device_class(x.device) == "large" else _SMALL)[product]
+    return _half_precision(x.device)[product]
+
+
+def static_tiles(device: torch.device) -> dict[str, Tile]:
+    """What products in half precision take on a CUDA device where nobody has tuned."""
+    return _LARGE if _device_class(device) == "large" else _SMALL
+
+
+@cache
+def _half_precision(device: torch.device) -> dict[str, Tile]:
+    """The static tiles, and over them those tuned for this model of device: looked up once a process."""
+    tuned = tuned_tiles.in_use(device)
+    found = {} if tuned is None else {name: Tile(*sizes) for name, sizes in tuned.tiles.items()}
+    return static_tiles(device) | found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from moeut_compose.cli.arguments import (
 )
 from moeut_compose.cli.failures import complain, wrong_usage
 from moeut_compose.cli.output import print_json, print_table
+from moeut_compose.cli.tuning import tune_kernels
 from moeut_compose.spec.io import load_spec
 
 if TYPE_CHECKING:
@@ -227,21 +228,39 @@ def kernels(
         int | None, typer.Option(metavar="N", min=1, help="Default: that of the shape.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, in which everybody is timed once.")] = 20,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try other tiles instead, and keep the faster ones for later runs.")
+    ] = False,
+    products: Annotated[
+        str, typer.Option(metavar="NAME,...", help="With --tune: of these products. Default: all.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Time one expert feedforward: our kernels, PyTorch paths, loops, and published packages that are installed.
 
     Outputs and gradients are compared with float64 first; who is wrong is not timed. Random data, new every time;
-    bfloat16 on a GPU, float32 elsewhere. **Example**
+    bfloat16 on a GPU, float32 elsewhere.
+
+    With `--tune` the products of the 244m layers are timed with other tile sizes than the built-in ones. What
+    computes the same, repeats bit for bit and is faster by more than the spread goes to a file that later runs on
+    this model of GPU read (`doctor` shows it); `MOEUT_KERNELS_TUNED=0` leaves it unread. **Examples**
 
     - `moeut-compose bench kernels --shape 244m`
+    - `moeut-compose bench kernels --tune`
     """
     from moeut_kernels.bench.compare import SHAPES, compare
 
     from moeut_compose.train.device import choose_device, describe_device
 
     place = choose_device(device)
+    if products and not tune:
+        raise wrong_usage("--products goes with --tune")
+    if tune:
+        if shape:
+            raise wrong_usage("--tune has a shape of its own; leave out --shape")
+        tune_kernels(place, products=products, tokens=tokens, repeats=repeats, as_json=as_json)
+        return
     shape = shape or ("244m" if place.type == "cuda" else "tiny")
     if shape not in SHAPES:
         raise wrong_usage(f"--shape {shape}: choose one of {', '.join(SHAPES)}")

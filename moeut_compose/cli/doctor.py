@@ -19,6 +19,8 @@ VARIABLES = {
     "MOEUT_COMPOSE_CACHE": "folder for tokenizers and token files",
     "MOEUT_COMPOSE_PATH": "folders with specs of your own",
     "MOEUT_COMPOSE_RUNS": "folder for new runs",
+    "MOEUT_KERNELS_CACHE": "folder for tuned tiles",
+    "MOEUT_KERNELS_TUNED": "0 leaves tuned tiles unread",
 }
 TOLERANCE = 2e-3
 """Relative error of a float32 product, with room for matrix units that round their inputs to TF32."""
@@ -68,6 +70,7 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "devices": devices,
         "backends": {kind: _choice(kind) for kind in ("cpu", "cuda")},
+        "tuned_tiles": [_tuned_tiles(entry["device"]) for entry in devices if entry["type"] == "cuda"],
         "variables": {name: os.environ.get(name) for name in VARIABLES},
         "cache": _folder(_cache_root()),
         "runs": _folder(runs_root().absolute()),
@@ -123,6 +126,24 @@ def _choice(kind: str) -> dict[str, str]:
     else:
         why = "auto: Triton is installed" if TRITON_IS_INSTALLED else "auto: Triton is not installed"
     return {"backend": chosen, "why": why}
+
+
+def _tuned_tiles(device: str) -> dict[str, Any]:
+    """Whether products of this device take tiles from a file of `bench kernels --tune`, and which."""
+    import torch
+    from moeut_kernels import tuned_tiles
+    from moeut_kernels.backend import TRITON_IS_INSTALLED
+
+    if not TRITON_IS_INSTALLED:
+        return {"device": device, "file": None, "in_use": False, "problem": None, "products": []}
+    found = tuned_tiles.look_up(torch.device(device))
+    return {
+        "device": device,
+        "file": str(found.path),
+        "in_use": bool(found.tiles) and tuned_tiles.is_enabled(),
+        "problem": found.problem,
+        "products": list(found.tiles),
+    }
 
 
 def _backends(kind: str) -> list[str]:
@@ -191,7 +212,11 @@ def _print(report: dict[str, Any]) -> None:
             for entry in report["devices"]
         ],
         "expert products": [
-            (kind, f"{choice['backend']} ({choice['why']})") for kind, choice in report["backends"].items()
+            *(
+                (kind, f"{choice['backend']} ({choice['why']})")
+                for kind, choice in report["backends"].items()
+            ),
+            *((f"tiles on {entry['device']}", _describe_tiles(entry)) for entry in report["tuned_tiles"]),
         ],
         "settings": [
             (name, report["variables"][name] or f"not set ({meaning})") for name, meaning in VARIABLES.items()
@@ -210,6 +235,16 @@ def _print(report: dict[str, Any]) -> None:
 
 def _peak(tflops: float | None) -> str:
     return "peak not known" if tflops is None else f"peak {tflops:g} TFLOP/s"
+
+
+def _describe_tiles(entry: dict[str, Any]) -> str:
+    if entry["problem"] is not None:
+        return f"static; {entry['file']} is ignored: {entry['problem']}"
+    if not entry["products"]:
+        return "static (`moeut-compose bench kernels --tune` looks for faster ones)"
+    if not entry["in_use"]:
+        return f"static; MOEUT_KERNELS_TUNED is off, {entry['file']} is not read"
+    return f"tuned for {', '.join(entry['products'])}, from {entry['file']}"
 
 
 def _describe_folder(folder: dict[str, Any]) -> str:

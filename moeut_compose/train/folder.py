@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from moeut_kernels import tuned_tiles
 
 from moeut_compose import __version__
 from moeut_compose.data.files import read_plain, write_atomically
@@ -148,11 +149,17 @@ def environment(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "variables": {name: value for name, value in os.environ.items() if name.startswith("MOEUT_COMPOSE_")},
+        "variables": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MOEUT_COMPOSE_", "MOEUT_KERNELS_"))
+        },
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
+        tuned = tuned_tiles.in_use(device)
+        found["tuned_tiles"] = None if tuned is None else {"file": str(tuned.path), "tiles": tuned.tiles}
     return found
 
 

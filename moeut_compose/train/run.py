@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from moeut_kernels import tuned_tiles
 
 from moeut_compose.build import build_model
 from moeut_compose.data.errors import DataError
@@ -164,6 +165,8 @@ def train(
             found = origin.checkpoint(data, reporter)
             _write_folder(origin.folder, spec, recipe, data, plan, argv, place)
             _announce(spec, recipe, plan, data, origin.folder, found, reporter)
+            if (tuned := tuned_tiles.in_use(place)) is not None:
+                reporter.note(f"tuned tiles for {', '.join(tuned.tiles)}, from {tuned.path}")
             return found
 
         checkpoint = world.on_main(open_folder)

@@ -2,7 +2,8 @@
 
     python -m moeut_kernels.bench                     # layers: table, and JSON with --json FILE
     python -m moeut_kernels.bench --parts             # every kernel of the layers by itself
-    python -m moeut_kernels.bench --tune gather walk  # other tiles for the named products
+    python -m moeut_kernels.bench --tune              # other tiles for every product; later processes take the winners
+    python -m moeut_kernels.bench --tune gather walk  # for the named products
 
 A layer's time has routing preparation (sort, tile tables) in it and float32 weight gradients, from bfloat16 rows and
 weights. Data is random and new every run. The spread is the 10th to the 90th percentile.
@@ -26,8 +27,9 @@ from moeut_kernels.bench.layers import (
     FeedforwardShape,
     relative_error,
 )
-from moeut_kernels.bench.parts import parts, tune
+from moeut_kernels.bench.parts import CANDIDATES, parts
 from moeut_kernels.bench.timing import time_graph
+from moeut_kernels.bench.tune import count, tune_device
 
 
 def check(layer: Feedforward | Attention, bound: float = 4e-3) -> float:
@@ -79,19 +81,41 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def tuned(products: list[str]) -> list[dict[str, Any]]:
+    """Tune the products, and say on stderr how far it is and where the winners lie."""
+    total, done = count(products, CANDIDATES), 0
+
+    def tell(text: str) -> None:
+        nonlocal done
+        done += 1
+        line = f"{done}/{total}  {text}"
+        sys.stderr.write(f"\r{line:<78}" if sys.stderr.isatty() else f"{line}\n")
+        sys.stderr.flush()
+
+    path, trials = tune_device(products, n_tokens=32768, repeats=20, tell=tell)
+    sys.stderr.write(f"\nwritten to {path}\n")
+    return [trial.to_dict() for trial in trials]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", action="store_true", help="time every kernel by itself")
-    parser.add_argument("--tune", nargs="+", metavar="PRODUCT", help="time other tiles for these products")
+    parser.add_argument(
+        "--tune",
+        nargs="*",
+        metavar="PRODUCT",
+        help="time other tiles for these products, or all; keep the winners",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the records and the device to FILE")
     arguments = parser.parse_args()
+    if unknown := [product for product in arguments.tune or () if product not in CANDIDATES]:
+        parser.error(f"--tune {unknown[0]}: choose among {', '.join(CANDIDATES)}")
     if not torch.cuda.is_available():
         sys.exit("moeut_kernels.bench needs a CUDA device")
-    if arguments.tune:
-        records = list(tune(arguments.tune))
-        records.sort(key=lambda r: (r["part"], r.get("ms", 1e9)))
+    if arguments.tune is not None:
+        records = tuned(arguments.tune or list(CANDIDATES))
     elif arguments.parts:
         records = []
         for name, run in parts().items():

@@ -1,23 +1,22 @@
-"""Every kernel of the layers by itself, and with other tiles."""
+"""Every kernel of the layers by itself, and the tiles that may be tried with it."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 import moeut_kernels as mk
 from moeut_kernels.bench.layers import ATTENTIONS, FEEDFORWARDS, Attention, Feedforward
-from moeut_kernels.bench.timing import time_graph
 
 
-def parts() -> dict[str, Callable[[], object]]:
-    """Every kernel of the layers at 32768 tokens of the 244M shape, by product name and use."""
+def parts(n_tokens: int = 32768) -> dict[str, Callable[[], object]]:
+    """Every kernel of the layers of the 244M shape, by product name and use."""
     from moeut_kernels import triton_feedforward as ff
     from moeut_kernels import triton_pairs as pairs
     from moeut_kernels import triton_rows as rows
     from moeut_kernels import triton_sums as sums
 
-    layer = Feedforward(FEEDFORWARDS[1])
+    layer = Feedforward(replace(FEEDFORWARDS[1], n_tokens=n_tokens))
     x, grad, gate, (up, down) = layer.x.detach(), layer.grad, layer.gate.detach(), layer.casts
     plan = mk.plan(layer.index, layer.shape.n_experts)
     _, slots, position, offsets, tiles = plan.tensors
@@ -27,7 +26,7 @@ def parts() -> dict[str, Callable[[], object]]:
     d_up, d_down = torch.empty(up.shape, device="cuda"), torch.empty(down.shape, device="cuda")
     logits = torch.randn(n, 392, device="cuda", dtype=torch.bfloat16)
 
-    attention = Attention(ATTENTIONS[1])
+    attention = Attention(replace(ATTENTIONS[1], n_tokens=n_tokens))
     routes = [mk.plan(index, attention.n_experts, disjoint=True) for index in attention.indices]
     of_pairs = [
         (g.detach(), r.low_slots, r.position, r.pair_tiles)
@@ -102,23 +101,3 @@ CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
 }  # fmt: skip
 CANDIDATES["weight_uses"] = CANDIDATES["weight"]
 CANDIDATES["pair_narrow_backward"] = CANDIDATES["pair_narrow"]
-
-
-def tune(products: list[str]) -> Iterable[dict[str, Any]]:
-    """Time other tiles for the parts of the named products."""
-    from moeut_kernels.triton_tiles import Tile, override, tile
-
-    like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
-    for name, run in parts().items():
-        product = name.split()[0]
-        if product not in products:
-            continue
-        best = tile(product, like)
-        for sizes in CANDIDATES[product]:
-            with override(product, Tile(*sizes)):
-                record = {"part": name, "tile": str(sizes), "now": Tile(*sizes) == best}
-                try:
-                    record["ms"] = time_graph(run, repeats=10).median
-                except RuntimeError as error:  # more shared memory than a block may use
-                    record["error"] = str(error)[:60]
-                yield record
