@@ -5,9 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from moeut_kernels.bench.tune import Trial
+from moeut_kernels.tuned_tiles import Setting
 from typer.testing import Result
 
 from tests.conftest import ROOT
@@ -67,6 +72,110 @@ def test_shapes_have_names(cli: Callable[..., Result]) -> None:
     result = cli("bench", "kernels", "--shape", "huge", "--device", "cpu")
     assert result.exit_code == 2
     assert "--shape huge: choose one of tiny, 244m, 1b" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "--device", "cpu"], "error: --tune needs a CUDA device"),
+        (["--tune", "--products", "walk,jump"], "error: --products jump: choose among gather, "),
+        (["--tune", "--shape", "244m"], "error: --tune has a shape of its own; leave out --shape"),
+        (["--products", "walk"], "error: --products goes with --tune"),
+    ],
+)
+def test_what_cannot_be_tuned(cli: Callable[..., Result], options: list[str], message: str) -> None:
+    result = cli("bench", "kernels", *options, "--json")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert result.stdout == ""
+
+
+TRIALS = [
+    Trial("walk", (64, 128, 0, 4, 4), "static", 1.0, (0.99, 1.01), 0.0),
+    Trial("walk", (128, 64, 0, 4, 3), "wins", 0.8, (0.79, 0.81), 1e-5),
+    Trial("walk", (64, 256, 0, 8, 3), "did not fit", why="out of resource: shared memory"),
+]
+
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """A GPU that is not there, and a tuner that returns what it is told; its calls."""
+    calls: list[tuple[Any, ...]] = []
+
+    def tune_device(products: list[str], *, n_tokens: int, repeats: int, tell: Callable[[str], None]) -> Any:
+        calls.append((products, n_tokens, repeats))
+        for trial in TRIALS:
+            tell(trial.status)
+        return tmp_path / "tiles.json", TRIALS
+
+    setting = Setting("Pretend GPU", "2.11", "3.6", "0123456789ab")
+    monkeypatch.setattr("moeut_compose.train.device.choose_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.device", lambda place: nullcontext())
+    monkeypatch.setattr("moeut_kernels.bench.tune.tune_device", tune_device)
+    monkeypatch.setattr("moeut_kernels.tuned_tiles.setting_of", lambda place: setting)
+    monkeypatch.delenv("MOEUT_KERNELS_TUNED", raising=False)
+    return calls
+
+
+def test_tuning_is_shown(cli: Callable[..., Result], tuner: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    result = cli(
+        "bench", "kernels", "--tune", "--products", "walk,walk", "--tokens", "4096", "--repeats", "7"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert tuner == [(["walk"], 4096, 7)]
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Pretend GPU; 4096 tokens"
+    assert lines[3].split()[-5:] == ["wins", "0.8", "0.79-0.81", "0.800", "1.0e-05"]
+    assert lines[4].split()[-7:] == ["did", "not", "fit", "–", "–", "–", "–"]
+    assert "tuning: 3/" in result.stderr
+    assert f"1 of 1 products have a faster tile; written to {tmp_path / 'tiles.json'}" in result.stderr
+
+
+def test_tuning_as_json(
+    cli_json: Callable[..., Any], tuner: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = cli_json("bench", "kernels", "--tune")
+    assert tuner[0][1:] == (32768, 20)
+    assert set(tuner[0][0]) >= {"gather", "walk", "weight", "pair_narrow", "pair_wide"}
+    assert (document["device"], document["torch"], document["triton"]) == ("Pretend GPU", "2.11", "3.6")
+    assert document["file"].endswith("tiles.json")
+    assert [trial["status"] for trial in document["trials"]] == ["static", "wins", "did not fit"]
+    assert document["trials"][1]["tile"] == [128, 64, 0, 4, 3]
+
+
+def test_tuning_says_that_its_file_will_not_be_read(
+    cli: Callable[..., Result], tuner: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEUT_KERNELS_TUNED", "0")
+    assert "warning: MOEUT_KERNELS_TUNED is off" in cli("bench", "kernels", "--tune").stderr
+
+
+def test_layers_that_do_not_fit_the_gpu(
+    cli: Callable[..., Result], tuner: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("moeut_kernels.bench.tune.tune_device", fill)
+    result = cli("bench", "kernels", "--tune")
+    assert result.exit_code == 1
+    assert (
+        "error: the layers do not fit the memory of this GPU at 32768 tokens; try --tokens" in result.stderr
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [(["--tune"], 1, "needs a CUDA device"), (["--tune", "jump"], 2, "--tune jump: choose among gather")],
+)
+def test_the_library_tunes_gpus_only(words: list[str], code: int, message: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    line = [sys.executable, "-m", "moeut_kernels.bench", *words]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_graph_needs_a_gpu(cli: Callable[..., Result]) -> None:

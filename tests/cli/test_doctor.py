@@ -11,10 +11,16 @@ from typing import Any
 import moeut_kernels
 import pytest
 import torch
+from moeut_kernels import tuned_tiles
+from moeut_kernels.tuned_tiles import Tuned
 from typer.testing import Result
 
 from moeut_compose import __version__
+from moeut_compose.cli.doctor import _describe_tiles, _tuned_tiles
 from tests.conftest import ROOT
+
+FILE = Path("/cache/tiles.json")
+WALK = (128, 64, 0, 4, 3)
 
 
 def test_the_report(cli_json: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +34,7 @@ def test_the_report(cli_json: Callable[..., Any], tmp_path: Path, monkeypatch: p
     assert report["backends"]["cpu"]["why"].startswith("auto")
     if not torch.cuda.is_available():
         assert report["backends"]["cuda"] == {"backend": "none", "why": "no CUDA device is available"}
+    assert len(report["tuned_tiles"]) == torch.cuda.device_count()
     assert report["variables"]["MOEUT_COMPOSE_CACHE"] == str(tmp_path / "cache")
     assert report["variables"]["MOEUT_COMPOSE_BACKEND"] is None
     assert report["cache"] == {"path": str(tmp_path / "cache"), "exists": False, "writable": True}
@@ -42,6 +49,26 @@ def test_people_read_lines(cli: Callable[..., Result]) -> None:
     assert result.exit_code == 0
     for text in ("moeut-compose", "grouped_mm (auto", "MOEUT_COMPOSE_RUNS", "torch on cpu", "ok (relative"):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("found", "switch", "in_use", "line"),
+    [
+        (Tuned(FILE, {}), "1", False, "static (`moeut-compose bench kernels --tune` looks for faster ones)"),
+        (Tuned(FILE, {"walk": WALK, "weight": WALK}), "", True, f"tuned for walk, weight, from {FILE}"),
+        (Tuned(FILE, {"walk": WALK}), "0", False, f"static; MOEUT_KERNELS_TUNED is off, {FILE} is not read"),
+        (Tuned(FILE, {}, "it is torn"), "1", False, f"static; {FILE} is ignored: it is torn"),
+    ],
+)
+def test_tuned_tiles_are_named(
+    monkeypatch: pytest.MonkeyPatch, found: Tuned, switch: str, in_use: bool, line: str
+) -> None:
+    monkeypatch.setenv("MOEUT_KERNELS_TUNED", switch)
+    monkeypatch.setattr(tuned_tiles, "look_up", lambda device: found)
+    entry = _tuned_tiles("cuda:0")
+    assert (entry["device"], entry["file"], entry["in_use"]) == ("cuda:0", str(FILE), in_use)
+    assert entry["products"] == list(found.tiles)
+    assert _describe_tiles(entry) == line
 
 
 def test_a_wrong_product_fails_the_check(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

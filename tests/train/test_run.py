@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from moeut_kernels import tuned_tiles
+from moeut_kernels.tuned_tiles import Tuned
 from safetensors import safe_open
 
 from moeut_compose.data.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import AdamWSpec, CheckpointSpec, HardwareSpec, RecipeSpec, SentencePieceFile
 from moeut_compose.train.checkpoint import list_checkpoints
 from moeut_compose.train.errors import CheckpointError, RunError, RunNotFound, TrainingDiverged
+from moeut_compose.train.folder import environment
 from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.run import load_run, resume_folder, train
 
@@ -42,6 +45,23 @@ def test_the_layout_of_a_run(spec: ModelSpec, recipe: RecipeSpec, tmp_path: Path
     assert result.sample.startswith("The")
     assert result.tokens == 8 * 6 * 16
     assert not list(run.rglob("*.tmp"))
+
+
+def test_tuned_tiles_are_named(
+    spec: ModelSpec, recipe: RecipeSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What bits come out depends on the tiles: a run says where its tiles come from."""
+    tuned = Tuned(tmp_path / "tiles.json", {"walk": (128, 64, 0, 4, 3), "weight": (128, 64, 64, 4, 4)})
+    monkeypatch.setattr(tuned_tiles, "in_use", lambda device: tuned)
+    out = io.StringIO()
+    train(spec, recipe.model_copy(update={"steps": 1}), reporter=PlainReporter(out), device="cpu")
+    assert f"tuned tiles for walk, weight, from {tmp_path / 'tiles.json'}" in out.getvalue()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend GPU")
+    monkeypatch.setenv("MOEUT_KERNELS_TUNED", "1")
+    found = json.loads(json.dumps(environment([], torch.device("cuda", 0))))
+    assert found["tuned_tiles"]["file"] == str(tmp_path / "tiles.json")
+    assert found["tuned_tiles"]["tiles"]["walk"] == [128, 64, 0, 4, 3]
+    assert found["variables"]["MOEUT_KERNELS_TUNED"] == "1"
 
 
 def test_weights_carry_their_architecture(spec: ModelSpec, recipe: RecipeSpec) -> None:
