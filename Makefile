@@ -2,6 +2,7 @@
 # make test    all tests
 # make schemas write schemas/*.json again, after a change to the specs
 # make check   format, lint, types, import contracts, fast tests
+# make sanitize   every kernel under compute-sanitizer (needs a GPU)
 #
 # Each installs what it needs once, and again when pyproject.toml or constraints.txt change.
 # Extra arguments: make train ARGS="recipe.steps=500", make test ARGS="-k yaml". Another Python: make test PYTHON=python3.13
@@ -20,7 +21,7 @@ REQUIREMENTS := pyproject.toml constraints.txt hatch_build.py
 PARALLEL ?= --numprocesses 2 --dist loadfile
 ARGS ?=
 
-.PHONY: help install train test check schemas format clean
+.PHONY: help install train test check sanitize schemas format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -57,6 +58,9 @@ check: $(VENV)/installed-lint
 	$(BIN)/mypy
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+
+sanitize: $(VENV)/installed-test
+	$(BIN)/python tests/kernels/sanitize.py $(ARGS)
 
 schemas: $(VENV)/installed
 	$(BIN)/moeut-compose schema architecture > schemas/architecture.json
