@@ -52,12 +52,15 @@ def deferred(cases) -> None:
 
 
 def chosen(cases) -> None:
-    """Top-k with padded logits, and its backward."""
-    for choose, dtype in ((mk.topk_sigmoid, HALF), (mk.topk_softmax, torch.float32)):
-        logits = draw(7, 2, 40, dtype=dtype).requires_grad_()
-        _, gate = choose(logits, 3, n_experts=37)
-        gate.square().sum().backward()
-        finite(gate, logits.grad)
+    """Top-k, with the use of experts and without, of padded logits; and the backward."""
+    logits = draw(7, 2, 40).requires_grad_()
+    _, gate = mk.topk_softmax(logits, 3, n_experts=37)
+    gate.square().sum().backward()
+    finite(gate, logits.grad)
+    logits = draw(3, 21, 2, 40, dtype=HALF).requires_grad_()
+    _, gate, usage = mk.topk_sigmoid_usage(logits, 3, n_experts=37)
+    (gate.square().sum() + usage.square().sum()).backward()
+    finite(gate, usage, logits.grad)
 
 
 def normed(n_tokens: int) -> Callable:
@@ -145,7 +148,7 @@ CASES: dict[str, tuple[Callable, set[str]]] = {
         f"{name} by slots": (op(name, n_tokens=75, n_groups=2, top_k=3, biased=True, **ODD), ROWS | BIASES)
         for name in ("split", "merge")
     },
-    "choice": (chosen, {"triton_routing._choose", "triton_routing._choose_backward"}),
+    "choice": (chosen, {"triton_router._choose", "triton_router._choose_backward", "triton_router._usage"}),
     "norm, few tokens": (normed(2), {DECODE + "_norm_project_few"}),
     "norm, many tokens": (normed(19), {DECODE + "_sum_norm", DECODE + "_project"}),
     "attention, few tokens": (
