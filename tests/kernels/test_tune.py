@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import moeut_kernels as mk
 import pytest
 import torch
 from moeut_kernels import tuned_tiles
+from moeut_kernels.bench import parts, timing
 from moeut_kernels.bench import tune as tuning
 from moeut_kernels.bench.timing import Timing
 from moeut_kernels.bench.tune import beats, count, products_of, relative_error, save, tune
@@ -165,8 +167,8 @@ def test_progress_comes_to_its_total(candidates: tuple) -> None:
 
 
 def test_parts_belong_to_the_product_of_their_name() -> None:
-    parts = {"walk down": part(), "sum": part(), "walk dx": part()}
-    assert products_of(parts) == {"walk": [parts["walk down"], parts["walk dx"]], "sum": [parts["sum"]]}
+    named = {"walk down": part(), "sum": part(), "walk dx": part()}
+    assert products_of(named) == {"walk": [named["walk down"], named["walk dx"]], "sum": [named["sum"]]}
 
 
 def test_errors_are_added_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +188,35 @@ def test_winners_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tuned_tiles.read(path, setting) == {"walk": B}
     save(setting, [trial for trial in found.values() if trial.status != "wins"])
     assert tuned_tiles.read(path, setting) == {}, "what no longer wins is forgotten"
+
+
+def test_a_device_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the device: tokens and repeats arrive, winners are kept, a folder that refuses is told first."""
+    seen: list[object] = []
+    milliseconds = clock({STATIC: 1.0, A: 0.9, B: 0.8})
+
+    def parts_of(n_tokens: int) -> dict[str, Callable[[], object]]:
+        seen.append((n_tokens, mk.backend()))
+        return {"walk down": part(), "walk dx": part(), "sum": fails(RuntimeError("not asked for"))}
+
+    monkeypatch.setenv("MOEUT_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(parts.CANDIDATES, "walk", (A, B))
+    monkeypatch.setattr(parts, "parts", parts_of)
+    monkeypatch.setattr(timing, "time_graph", lambda run, repeats: seen.append(repeats) or milliseconds(run))
+    monkeypatch.setattr(triton_tiles, "static_tiles", lambda device: {"walk": triton_tiles.Tile(*STATIC)})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    setting = tuned_tiles.Setting("Pretend GPU", "2.11", "3.6", "0123456789ab")
+    monkeypatch.setattr(tuned_tiles, "setting_of", lambda device: setting)
+    path, trials = tuning.tune_device(["walk"], n_tokens=512, repeats=9)
+    assert seen[0] == (512, "triton")
+    assert set(seen[1:]) == {9}
+    assert [trial.status for trial in trials] == ["static", "not the fastest", "wins"]
+    assert tuned_tiles.read(path, setting) == {"walk": B}
+    monkeypatch.setenv("MOEUT_KERNELS_CACHE", str(path))
+    seen.clear()
+    with pytest.raises(FileExistsError):
+        tuning.tune_device(["walk"], n_tokens=512, repeats=9)
+    assert not seen
 
 
 @pytest.fixture

@@ -92,7 +92,10 @@ def tuned(products: list[str]) -> list[dict[str, Any]]:
         sys.stderr.write(f"\r{line:<78}" if sys.stderr.isatty() else f"{line}\n")
         sys.stderr.flush()
 
-    path, trials = tune_device(products, n_tokens=32768, repeats=20, tell=tell)
+    try:
+        path, trials = tune_device(products, n_tokens=32768, repeats=20, tell=tell)
+    except OSError as error:
+        sys.exit(f"the winners cannot be kept: {error}")
     sys.stderr.write(f"\nwritten to {path}\n")
     return [trial.to_dict() for trial in trials]
 

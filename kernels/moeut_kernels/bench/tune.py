@@ -6,7 +6,7 @@ in turn with the static tile, because a device that slows down while it warms up
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import tuned_tiles
+from moeut_kernels.backend import use_backend
 from moeut_kernels.bench.timing import Timing
 from moeut_kernels.tuned_tiles import Sizes
 
@@ -200,21 +201,19 @@ def tune_device(
     from moeut_kernels.triton_tiles import static_tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    path = tuned_tiles.path_of(tuned_tiles.setting_of(device))
-    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that refuses is known before the work
-    static = {
-        name: (t.rows, t.columns, t.depth, t.warps, t.stages) for name, t in static_tiles(device).items()
-    }
-    grouped = products_of(parts(n_tokens))
-    trials = list(
-        tune(
-            {name: grouped[name] for name in products},
-            CANDIDATES,
-            static,
-            time=lambda part: time_graph(part, repeats=repeats),
-            tell=tell,
+    tuned_tiles.folder().mkdir(parents=True, exist_ok=True)  # one that refuses is known before the work
+    static = {name: astuple(tile) for name, tile in static_tiles(device).items()}
+    with use_backend("triton"):  # whatever the environment says: nobody else has tiles
+        grouped = products_of(parts(n_tokens))
+        trials = list(
+            tune(
+                {name: grouped[name] for name in products},
+                CANDIDATES,
+                static,
+                time=lambda part: time_graph(part, repeats=repeats),
+                tell=tell,
+            )
         )
-    )
     return save(tuned_tiles.setting_of(device), trials), trials
 
 
