@@ -14,7 +14,7 @@ from moeut_compose.blocks.cache import Cache, Memory
 from moeut_compose.blocks.cross_entropy import LossAndGradient, linear_cross_entropy, loss_and_gradient
 from moeut_compose.blocks.initialisation import normal_, uniform_
 from moeut_compose.blocks.stages import Stage
-from moeut_compose.blocks.stats import Stats, under
+from moeut_compose.blocks.stats import Repeats, Stats, under
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class ModelOutput:
     """Balance and halting terms, already weighted; empty outside training."""
     stats: Stats = field(default_factory=dict)
     """Additive router sums, pooled over repeats."""
+    by_repeat: Repeats = field(default_factory=dict)
+    """The sums of routers before pooling, without gradient: one `[B, ...]` for each repeat."""
     cache: Cache | None = None
     """What to pass to the next call; None when no cache was passed."""
 
@@ -91,6 +93,7 @@ class LanguageModel(nn.Module):
         past = () if cache is None else cache.memories
         losses: dict[str, Tensor] = {}
         stats: Stats = {}
+        by_repeat: Repeats = {}
         memories: tuple[Memory, ...] = ()
         for index, stage in enumerate(self.stages):
             done = len(memories)
@@ -99,6 +102,7 @@ class LanguageModel(nn.Module):
             x = run.hidden
             losses |= under(f"stages.{index}", run.losses)
             stats |= under(f"stages.{index}", run.stats)
+            by_repeat |= under(f"stages.{index}", run.by_repeat)
             memories += run.memories
         if logits_at is not None:
             x = x[torch.arange(len(x), device=x.device), logits_at].unsqueeze(1)
@@ -108,6 +112,7 @@ class LanguageModel(nn.Module):
             cross_entropy=None if targets is None else self._cross_entropy(x, targets),
             losses=losses,
             stats=stats,
+            by_repeat=by_repeat,
             cache=None if cache is None else Cache(start + ids.shape[1], memories),
         )
 

@@ -14,7 +14,7 @@ from moeut_compose.blocks.halting import AnyHalting, HaltingState
 from moeut_compose.blocks.layers import Layer
 from moeut_compose.blocks.loops import Injection, StepEmbedding
 from moeut_compose.blocks.roles import Alive, Call, Copies, Router, Tickets
-from moeut_compose.blocks.stats import Stats, below, pool, under
+from moeut_compose.blocks.stats import Repeats, Stats, append, below, pool, under
 
 
 class StageRun(NamedTuple):
@@ -24,6 +24,8 @@ class StageRun(NamedTuple):
     """`[B, T, D]`"""
     losses: dict[str, Tensor]
     stats: Stats
+    by_repeat: Repeats
+    """What `stats` pools, without gradient."""
     memories: tuple[Memory, ...]
     """One entry per layer application, in running order."""
 
@@ -74,6 +76,7 @@ class Stage(nn.Module):
         tickets = self._tickets(x, copies)
         state = self.halting.begin(x)
         stats: Stats = {}
+        by_repeat: Repeats = {}
         memories: list[Memory] = []
         call = Call(repeat=-1, start=start)
         for application, (member, repeat) in enumerate(self.schedule):
@@ -87,12 +90,13 @@ class Stage(nn.Module):
             given = call._replace(copies=copies[member], tickets=next(tickets[member], None))
             hidden, seen, memory = self.layers[member](hidden, context, given, memory)
             state = self.halting.absorb(state, hidden)
-            stats = pool(stats, under(f"layers.{member}", seen))
+            seen = under(f"layers.{member}", seen)
+            stats, by_repeat = pool(stats, seen), append(by_repeat, seen)
             if remember:
                 memories.append(memory)
         output, halting_losses, halting_stats = self.halting.finish(state)
         losses = under("halting", halting_losses) | self._balance_losses(stats)
-        return StageRun(output, losses, stats | under("halting", halting_stats), tuple(memories))
+        return StageRun(output, losses, stats | under("halting", halting_stats), by_repeat, tuple(memories))
 
     def _copies(self, x: Tensor) -> list[Copies | None]:
         """For each member, its expert weights in the dtype of autocast, made once for all its uses."""

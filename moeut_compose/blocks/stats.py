@@ -11,6 +11,8 @@ from typing import TypeVar
 from torch import Tensor
 
 Stats = dict[str, Tensor]
+Repeats = dict[str, tuple[Tensor, ...]]
+"""The sums of each repeat, in order, before they are pooled."""
 Named = TypeVar("Named")
 
 
@@ -20,6 +22,11 @@ def pool(left: Stats, right: Stats) -> Stats:
     for name, value in right.items():
         pooled[name] = pooled[name] + value if name in pooled else value
     return pooled
+
+
+def append(repeats: Repeats, stats: Stats) -> Repeats:
+    """The same repeats and one more, without its gradient."""
+    return repeats | {name: (*repeats.get(name, ()), value.detach()) for name, value in stats.items()}
 
 
 def totals(stats: Stats) -> Stats:

@@ -70,6 +70,9 @@ def assert_same(
     assert torch.equal(out.cross_entropy, plain.cross_entropy)
     assert out.stats.keys() == plain.stats.keys()
     assert all(torch.equal(value, plain.stats[name]) for name, value in out.stats.items())
+    assert out.by_repeat.keys() == plain.by_repeat.keys()
+    for name, sums in out.by_repeat.items():
+        assert all(torch.equal(*pair) for pair in zip(sums, plain.by_repeat[name], strict=True))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
