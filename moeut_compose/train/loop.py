@@ -22,6 +22,7 @@ from moeut_compose.train.graph import GraphedPass
 from moeut_compose.train.nonfinite import first_nonfinite, nonfinite_weight
 from moeut_compose.train.optim import build_optimizer, clip_gradients
 from moeut_compose.train.parallel import Engine, collect, like, whole
+from moeut_compose.train.router_load import loads_by_repeat
 from moeut_compose.train.schedule import lr_at
 from moeut_compose.train.skipping import SkipCounter, step_unless
 from moeut_compose.world import World
@@ -68,7 +69,7 @@ class Trainer:
         self._graph: GraphedPass | None = None
         self._steers = any_steered(model)
         self.seen: Stats = {}
-        """What the routers and halting rules of the last step returned, summed over its batch."""
+        """What the routers and halting rules of the last step returned, summed over its batch; and by repeat."""
         self.step = 0
         self.steps = steps
         self.micro_batch = micro_batch
@@ -226,7 +227,7 @@ class Trainer:
             loss = out.cross_entropy + sum(out.losses.values())
         self._scaler.scale(loss * share).backward()
         terms = {"loss": loss, "cross_entropy": out.cross_entropy, **out.losses}
-        terms |= under("stats", totals(out.stats))
+        terms |= under("stats", totals(out.stats) | loads_by_repeat(out.by_repeat))
         return {name: term.detach() for name, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:

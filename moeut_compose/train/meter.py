@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeut_compose.measure.hardware import model_flops_utilisation
 from moeut_compose.train.device import used_memory
+from moeut_compose.train.load_table import BY_REPEAT
 from moeut_compose.train.metrics import RunningMeans, StepClock
 from moeut_compose.train.router_load import RouterLoads
 
@@ -68,6 +69,9 @@ class Meter:
             "memory_bytes": used_memory(self._trainer.device),
             **(self._loads.columns() if means else {}),
         }
+        by_repeat = self._loads.by_repeat() if means else {}
+        if by_repeat:
+            row[BY_REPEAT] = by_repeat
         self._means.clear()
         self._loads.clear()
         self._clock.reset()

@@ -1,7 +1,8 @@
 """Metrics: running means and speed between rows, and the files that rows go to.
 
 `metrics.jsonl` is the record and only ever appended to; `metrics.csv` is the same table, written anew from
-it. A resumed run drops the rows after its checkpoint, so the files are those of an uninterrupted run.
+it, and `router_load.csv` one of what its rows say of single repeats. A resumed run drops the rows after its
+checkpoint, so the files are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import torch
 
 from moeut_compose.data.files import write_atomically
+from moeut_compose.train.load_table import BY_REPEAT, LoadTable, by_router_and_repeat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,13 +123,14 @@ class MetricsLog:
 
         New rows also go to `boards`. Without `writes` they are only remembered: another process writes the files.
         """
-        self._boards = boards
+        self._boards = list(boards)
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
         self.rows = [row for row in read_rows(self._jsonl) if row["step"] <= keep_until]
         self._file: TextIO | None = None
         if writes:
             write_atomically(self._jsonl, "".join(_line(row) for row in self.rows).encode())
+            self._boards.append(LoadTable(folder, self.rows))
             self._file = self._jsonl.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
@@ -177,11 +180,25 @@ def _is_row(row: object) -> bool:
     return all(type(row.get(name)) in (int, float) for name in _FIGURES.get(row["event"], ()))
 
 
+def scalars(row: Row) -> dict[str, float]:
+    """The numbers of a row as `event/column`, and loads as `load_by_repeat/router.figure/repeat`.
+
+    Text and missing values are left out.
+    """
+    values = {f"{row['event']}/{name}": value for name, value in row.items() if name not in ("event", "step")}
+    for router, repeat, figures in by_router_and_repeat(row):
+        values |= {f"{BY_REPEAT}/{router}.{name}/{repeat}": value for name, value in figures.items()}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
 def as_csv(rows: list[Row]) -> str:
-    """Rows as CSV; columns are all keys in order of first appearance, and cells of missing keys are empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Rows as CSV; columns are all keys in order of first appearance, and cells of missing keys are empty.
+
+    Loads by repeat have a table of their own.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != BY_REPEAT))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -25,6 +25,7 @@ from moeut_compose.train import folder as run_folder
 from moeut_compose.train.checkpoint import list_checkpoints, step_folder
 from moeut_compose.train.device import choose_device, forget_used_memory
 from moeut_compose.train.errors import Interrupted, TrainError
+from moeut_compose.train.load_table import ROUTER_LOAD
 from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.run import train, with_absolute_paths
 
@@ -143,8 +144,8 @@ def _clear_torn_start(folder: Path) -> None:
     """Take away what a process left that was killed before its first checkpoint: nothing of it is of use."""
     if not folder.is_dir() or list_checkpoints(folder):
         return
-    torn = ("metrics.jsonl", "metrics.csv", run_folder.TOKENIZER, run_folder.RECIPE, run_folder.ARCHITECTURE)
-    for name in (*torn, run_folder.ENVIRONMENT):
+    texts = (run_folder.TOKENIZER, run_folder.RECIPE, run_folder.ARCHITECTURE, run_folder.ENVIRONMENT)
+    for name in ("metrics.jsonl", "metrics.csv", ROUTER_LOAD, *texts):
         (folder / name).unlink(missing_ok=True)
     for name in (run_folder.VALIDATION, run_folder.PLOTS, "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)

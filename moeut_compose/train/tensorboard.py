@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moeut_compose.train.errors import TrainError
+from moeut_compose.train.metrics import scalars
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from moeut_compose.train.metrics import Row
 
 FOLDER = "tensorboard"
-_NOT_DRAWN = {"event", "step"}
 
 
 def summary_writer() -> type[SummaryWriter]:
@@ -30,7 +30,7 @@ def summary_writer() -> type[SummaryWriter]:
 
 
 class TensorBoardLog:
-    """Writes rows as scalars `event/column` over the step."""
+    """Writes the `scalars` of rows over the step."""
 
     def __init__(self, run: Path, *, first_step: int) -> None:
         """Points of steps after `first_step` that an earlier start wrote are hidden.
@@ -41,9 +41,8 @@ class TensorBoardLog:
 
     def append(self, row: Row) -> None:
         """Add the numbers of a row; text and missing values have no curve."""
-        for name, value in row.items():
-            if name not in _NOT_DRAWN and isinstance(value, int | float):
-                self._writer.add_scalar(f"{row['event']}/{name}", value, row["step"])
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
         self._writer.flush()

@@ -10,6 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from moeut_compose.train.errors import TrainError
+from moeut_compose.train.metrics import scalars
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ def import_wandb() -> Any:
 
 
 class WandbLog:
-    """Writes rows as values `event/column` over the step; a run folder is one run, however often it is resumed."""
+    """Writes the `scalars` of rows over the step; a run folder is one run, however often it is resumed."""
 
     def __init__(self, run: Path, *, config: dict[str, Any]) -> None:
         """`config`: architecture and recipe. Raises `TrainError` if the package is missing or cannot begin."""
@@ -46,12 +47,7 @@ class WandbLog:
 
     def append(self, row: Row) -> None:
         """Add the numbers of a row; text and missing values have no curve."""
-        values = {
-            f"{row['event']}/{name}": value
-            for name, value in row.items()
-            if name not in ("event", "step") and isinstance(value, int | float)
-        }
-        self._run.log(values | {"step": row["step"]})
+        self._run.log(scalars(row) | {"step": row["step"]})
 
     def flush(self) -> None:
         """Nothing to do: another process sends what it was given."""

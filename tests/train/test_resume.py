@@ -47,6 +47,7 @@ def assert_same_run(a: Path, b: Path, step: int = 8) -> None:
     assert set(left) == set(right)
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert metrics(a) == metrics(b)
+    assert (a / "router_load.csv").read_text() == (b / "router_load.csv").read_text()
     assert {row["step"] for row in metrics(a) if row["event"] == "train"} == {3, 6, 8}
     assert {row["step"] for row in metrics(a) if row["event"] == "validation"} == {3, 6, 8}
     state = [

@@ -60,9 +60,17 @@ def test_every_number_of_every_row_is_a_scalar(
         (f"{row['event']}/{name}", row["step"]): value
         for row in read_rows(run / "metrics.jsonl")
         for name, value in row.items()
-        if name not in ("event", "step") and value is not None
+        if name not in ("event", "step", "load_by_repeat") and value is not None
     }
-    assert writer.scalars == expected
+    repeats = {
+        (f"load_by_repeat/{router}.{figure}/{repeat}", row["step"]): value
+        for row in read_rows(run / "metrics.jsonl")
+        for router, figures in row.get("load_by_repeat", {}).items()
+        for figure, values in figures.items()
+        for repeat, value in enumerate(values)
+    }
+    assert len(repeats) == 3 * 6 * 3 * 2, "rows, routers, figures, repeats"
+    assert writer.scalars == expected | repeats
     assert ("train/cross_entropy", 6) in expected
     assert ("validation/perplexity", 8) in expected
 
