@@ -89,3 +89,24 @@ def test_a_skipped_step_leaves_no_trace(spec: ModelSpec, precision: str, graphed
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not trainer.train_step(batch)["skipped"]
     assert trainer.skips.read().in_a_row == 0
+
+
+def test_a_recorded_pass_tells_of_repeats_what_an_eager_one_does(spec: ModelSpec) -> None:
+    batch = torch.randint(0, 120, (8, 17), generator=torch.Generator().manual_seed(0))
+    seen = []
+    for graphed in (False, True):
+        trainer = Trainer(
+            build_model(spec, device="cuda", seed=1),
+            optimizer=AdamWSpec(lr=1e-6),
+            schedule=CosineSchedule(warmup_steps=0),
+            steps=10,
+            clip_norm=0.25,
+            precision=Precision("fp32", "cuda"),
+            micro_batch=4,
+            graphed=graphed,
+        )
+        for _ in range(3):  # replays of one recording must not add up
+            trainer.train_step(batch)
+        seen.append({name: value for name, value in trainer.seen.items() if name.startswith("repeats.")})
+    assert len(seen[0]) == 6
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
