@@ -65,12 +65,10 @@ class _Deferred(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.shape, ctx.dtype, ctx.per = weight.shape, weight.dtype, (per_left, per_right)
         ctx.set_materialize_grads(False)
-        dtypes = (dtype, dtype, torch.float32, torch.float32)
-        return tuple(
-            torch.zeros((), dtype=kind, device=weight.device).expand(shape)
-            for _ in range(n_uses)
-            for shape, kind in zip(shapes, dtypes, strict=True)
-        )
+        row = torch.zeros((), dtype=dtype, device=weight.device)
+        bits = row if dtype == torch.float32 else torch.zeros((), dtype=torch.float32, device=weight.device)
+        parts = tuple(zip((row, row, bits, bits), shapes, strict=True))
+        return tuple(number.expand(shape) for _ in range(n_uses) for number, shape in parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -108,7 +106,7 @@ def _gradient(
     shape: Sequence[int], per_left: int, per_right: int, dtype: torch.dtype, backend: str,
 ) -> Tensor:  # fmt: skip
     if backend == "triton":
-        from moeut_kernels.triton_rows import weight_gradient
+        from moeut_kernels.triton_gradients import weight_gradient
 
         out = torch.empty(shape, dtype=dtype, device=lefts[0].device)
         lefts, rights = [left.contiguous() for left in lefts], [right.contiguous() for right in rights]

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeut_kernels import activation as activations
 from moeut_kernels.deferral import plan_message
 from moeut_kernels.plan import TILE_ROWS, n_tiles
+from moeut_kernels.triton_gradients import weight_gradient
 from moeut_kernels.triton_rows import (
     accumulate,
     activate,
@@ -23,7 +24,6 @@ from moeut_kernels.triton_rows import (
     ordered_rows,
     safe_gate,
     tile_rows,
-    weight_gradient,
 )
 from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import block, rows_for, tile

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import triton_pairs
-from moeut_kernels.triton_rows import grouped_rows, weight_gradient
+from moeut_kernels.triton_gradients import weight_gradient
+from moeut_kernels.triton_rows import grouped_rows
 from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
 from moeut_kernels.triton_tiles import offers
 

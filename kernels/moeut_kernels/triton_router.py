@@ -147,7 +147,7 @@ def _usage(
 
 def _rows_at_once(columns: int) -> int:
     """Rows that one warp takes: about a thousand columns."""
-    return 8 if interpreted() else min(64, max(2, 1024 // columns))
+    return 8 if interpreted() else min(64, max(1, 1024 // columns))
 
 
 def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[Tensor, Tensor]:

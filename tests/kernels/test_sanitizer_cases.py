@@ -19,10 +19,10 @@ from tests.kernels.triton_cases import BOUNDS, DEVICE, HALF, INTERPRETED
 
 SOURCES = Path(mk.__file__).parent.glob("triton_*.py")
 PLAN = {"triton_routing._count", "triton_routing._place", "triton_routing._cut"}
-ROWS = PLAN | {"triton_rows._grouped_rows", "triton_rows._weight_gradient", "triton_sums._gather_sum"}
+ROWS = PLAN | {"triton_rows._grouped_rows", "triton_gradients._weight_gradient", "triton_sums._gather_sum"}
 FEEDFORWARD = ROWS | {"triton_rows._walk", "triton_feedforward._backward_hidden"}
 BIASES = {"triton_sums._segment_sum", "triton_sums._row_dots"}
-PAIRS = PLAN | {"triton_pairs._pair_narrow", "triton_pairs._pair_wide", "triton_rows._weight_gradient"}
+PAIRS = PLAN | {"triton_pairs._pair_narrow", "triton_pairs._pair_wide", "triton_gradients._weight_gradient"}
 DECODE, ATTENTION, EXPERTS = "triton_decode.", "triton_decode_attention.", "triton_decode_feedforward."
 
 

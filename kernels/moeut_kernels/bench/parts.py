@@ -12,6 +12,7 @@ from moeut_kernels.bench.layers import ATTENTIONS, FEEDFORWARDS, Attention, Feed
 def parts(n_tokens: int = 32768) -> dict[str, Callable[[], object]]:
     """Every kernel of the layers of the 244M shape, by product name and use."""
     from moeut_kernels import triton_feedforward as ff
+    from moeut_kernels import triton_gradients as gradients
     from moeut_kernels import triton_pairs as pairs
     from moeut_kernels import triton_rows as rows
     from moeut_kernels import triton_sums as sums
@@ -48,13 +49,13 @@ def parts(n_tokens: int = 32768) -> dict[str, Callable[[], object]]:
             grad, down, gate, hidden, none, slots, tiles, k, "relu"
         ),
         "walk dx": lambda: rows.ordered_rows(hidden, up, slots, tiles, transposed=True),
-        "weight up": lambda: rows.weight_gradient(
+        "weight up": lambda: gradients.weight_gradient(
             [x], [hidden], [slots], [offsets], per_left=k, per_right=None, out=d_up
         ),
-        "weight down": lambda: rows.weight_gradient(
+        "weight down": lambda: gradients.weight_gradient(
             [hidden], [grad], [slots], [offsets], per_left=None, per_right=k, out=d_down
         ),
-        "weight_uses up": lambda: rows.weight_gradient(
+        "weight_uses up": lambda: gradients.weight_gradient(
             [x] * 9, [hidden] * 9, [slots] * 9, [offsets] * 9, per_left=k, per_right=None, out=d_up
         ),
         "routing attention": lambda: mk.plan(attention.indices[0], attention.n_experts, disjoint=True),
@@ -67,7 +68,7 @@ def parts(n_tokens: int = 32768) -> dict[str, Callable[[], object]]:
         "pair_wide values backward": lambda: pairs.wide(
             d_values, values, *of_pairs[0], transposed=True, products=kept
         ),
-        "weight values": lambda: rows.weight_gradient(
+        "weight values": lambda: gradients.weight_gradient(
             [xa], [kept], [routes[0].slots], [routes[0].offsets], per_left=8, per_right=None, out=d_weight
         ),
     }
