@@ -25,7 +25,7 @@ _OPERANDS = (
 )
 _ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles"
 _FORWARD = (
-    f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend, Tensor[] tickets)"
+    f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend, Tensor[] tickets, Tensor? residual)"
     " -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
@@ -46,6 +46,7 @@ def expert_feedforward(
     b_down: Tensor | None = None,
     casts: tuple[Tensor, Tensor] | None = None,
     tickets: tuple[Ticket, Ticket] | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Send every token through its chosen experts and add their gated outputs.
 
@@ -54,11 +55,12 @@ def expert_feedforward(
     x: [N, D]. w_up: [E, D, F], [E, D, 2F] for gated activations (gate half first). w_down: [E, F, D2].
     gate: [N, 1, K]. b_up: [E, F] or [E, 2F]. b_down: [E, D2]. activation: one of `ACTIVATIONS`. Returns [N, D2] in the
     dtype of x. casts: copies of float32 weights in the compute dtype, see `cast_weights`. tickets: of this use, see
-    `feedforward_tickets`; the weights then get their gradients from all uses at once. Raises `ValueError` for an
-    unknown activation and for shapes that do not fit the plan.
+    `feedforward_tickets`; the weights then get their gradients from all uses at once. residual: [N, D2], added to the
+    result, which then has its dtype: written once instead of twice. Raises `ValueError` for an unknown activation and
+    for shapes that do not fit the plan.
     """
     if not torch.jit.is_tracing():
-        _check(x, w_up, w_down, plan, gate, activation, b_up, b_down)
+        _check(x, w_up, w_down, plan, gate, activation, b_up, b_down, residual)
     x = x.to(compute_dtype(x))
     cast_up, cast_down = (None, None) if casts is None else casts
     cast_up, cast_down = (
@@ -74,10 +76,14 @@ def expert_feedforward(
         handed = [part for ticket in tickets for part in ticket]
     operands = (x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*operands, *handed))
-    out = torch.ops.moeut.expert_feedforward(*operands, *plan.tensors, activation, save, resolve(x), handed)[
-        0
-    ]
-    return out if torch.jit.is_tracing() or out.shape[1] == width else out[:, :width]
+    padded = not torch.jit.is_tracing() and (w_down if cast_down is None else cast_down).shape[2] != width
+    added = None if padded else residual
+    out = torch.ops.moeut.expert_feedforward(
+        *operands, *plan.tensors, activation, save, resolve(x), handed, added
+    )[0]
+    if not padded:
+        return out
+    return out[:, :width] if residual is None else residual + out[:, :width]
 
 
 def feedforward_tickets(
@@ -105,6 +111,7 @@ def _check(
     activation: str,
     b_up: Tensor | None,
     b_down: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
     if activation not in activations.ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(activations.ACTIVATIONS)}")
@@ -123,6 +130,7 @@ def _check(
         "gate": (gate, tuple(index.shape)),
         "b_up": (b_up, (n_experts, width)),
         "b_down": (b_down, (n_experts, w_down.shape[2])),
+        "residual": (residual, (index.shape[0], w_down.shape[2])),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -155,12 +163,14 @@ def _forward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the kept hidden and pre-activation."""
-    *routing, activation, save, backend, _ = rest
+    *routing, activation, save, backend, _, residual = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
 
-        return triton_feedforward.forward(x, up, down, gate, b_up, b_down, routing, activation, save)
+        return triton_feedforward.forward(
+            x, up, down, gate, b_up, b_down, routing, activation, save, residual
+        )
     index, slots, position, offsets, _ = routing
     z = reference.grouped_rows(x.index_select(0, slots // index.shape[2]), up.contiguous(), offsets, backend)
     if b_up is not None:
@@ -171,16 +181,19 @@ def _forward(
     out = reference.gather_sum(products, position.view(gates.shape), gates)
     if b_down is not None:
         out += reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
+    if residual is not None:
+        out = residual + out
     keeps_hidden, keeps_pre = save and activation == "relu", save and activation != "relu"
     return out, hidden if keeps_hidden else x.new_empty(0), z if keeps_pre else x.new_empty(0)
 
 
 def _fake_forward(x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, index, slots, *rest):  # type: ignore[no-untyped-def]
-    activation, save, backend = rest[3:6]
+    activation, save, backend, _, residual = rest[3:]
     w_up, w_down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     widths = saved_widths(activation, x.dtype, w_up.shape[2], w_down.shape[1], backend) if save else (0, 0)
     kept = (x.new_empty((slots.shape[0], width) if width else 0) for width in widths)
-    return x.new_empty(x.shape[0], w_down.shape[2]), *kept
+    dtype = x.dtype if residual is None else residual.dtype
+    return x.new_empty(x.shape[0], w_down.shape[2], dtype=dtype), *kept
 
 
 def _backward(
@@ -266,7 +279,7 @@ def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.activation, _, ctx.backend, tickets = inputs
+    *tensors, ctx.activation, _, ctx.backend, tickets, _ = inputs
     ctx.n_tickets = len(tickets)
     ctx.save_for_backward(*tensors, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
@@ -275,11 +288,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return *(None,) * 16, [None] * ctx.n_tickets
+        return *(None,) * 16, [None] * ctx.n_tickets, None
     saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
     needs = ctx.needs_input_grad
     hand_in = ctx.n_tickets > 0 and any(needs[16])
     wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
+    d_residual = grad if needs[17] else None
+    grad = grad.to(saved[0].dtype)
     *grads, d_pre, gated, slots, offsets = torch.ops.moeut.expert_feedforward_backward(
         grad, *saved, ctx.activation, wants, hand_in, ctx.backend
     )
@@ -290,7 +305,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if hand_in:
         x, hidden = saved[0], saved[13] if ctx.backend == "triton" else gated
         messages = [x, d_pre, slots, offsets, hidden, grad, slots, offsets]
-    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages
+    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages, d_residual
 
 
 _op = torch.library.custom_op("moeut::expert_feedforward", _forward, mutates_args=(), schema=_FORWARD)

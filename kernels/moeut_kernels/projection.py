@@ -267,7 +267,7 @@ def _register(name: str, merge: bool) -> None:
             return *(None,) * 14, [None] * ctx.n_tickets
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
-        hand_in = any(needs[14])
+        hand_in = ctx.n_tickets > 0 and any(needs[14])
         wants = [needs[0], needs[1], needs[3], needs[4]]
         *grads, ordered, slots, offsets = backward_packet(grad, *saved, wants, hand_in, ctx.backend)
         d_x, d_weight, d_gate, d_bias = (

@@ -41,6 +41,7 @@ def forward(
     routing: Sequence[Tensor],
     activation: str,
     save: bool,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Body of `moeut::expert_feedforward`: output, gated hidden, pre-activation (the last two empty unless saved)."""
     x, up, down, gate = x.contiguous(), up.contiguous(), down.contiguous(), gate.contiguous()
@@ -53,7 +54,10 @@ def forward(
     )  # fmt: skip
     products = ordered_rows(hidden, down, slots, tiles)
     bias = None if b_down is None else b_down.contiguous()
-    out = gather_sum(products, position, n_tokens, top_k, bias=bias, bias_gate=gate, index=index.contiguous())
+    out = gather_sum(
+        products, position, n_tokens, top_k, bias=bias, bias_gate=gate, index=index.contiguous(),
+        residual=None if residual is None else residual.contiguous(),
+    )  # fmt: skip
     return out, hidden if save else x.new_empty(0), pre
 
 

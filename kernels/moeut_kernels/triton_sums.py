@@ -14,16 +14,20 @@ from moeut_kernels.triton_tiles import block, interpreted
 
 @triton.jit
 def _gather_sum(
-    rows, position, gate, index, bias, out, n_out, width: tl.constexpr,
-    GATHER: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, TERMS: tl.constexpr,
+    rows, position, gate, index, bias, residual, out, n_out, width: tl.constexpr,
+    GATHER: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[o] = sum over j of gate · rows[position[o, j]] (+ gate · bias[index[o, j]]), in float32."""
+    """out[o] = (residual[o] +) sum over j of gate · rows[position[o, j]] (+ gate · bias[index[o, j]]), in float32."""
     o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = o < n_out
     mask = here[:, None] & (n < width)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    at_out = o[:, None] * width + n[None, :]
+    if RESIDUAL:
+        total = tl.load(residual + at_out, mask=mask, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for j in tl.static_range(TERMS):
         at = o * TERMS + j
         source = tl.load(position + at, mask=here, other=0).to(tl.int64) if GATHER else at
@@ -35,7 +39,7 @@ def _gather_sum(
             expert = tl.load(index + at, mask=here, other=0).to(tl.int64)
             shift = tl.load(bias + expert[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
             total += shift * tl.load(gate + at, mask=here, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + o[:, None] * width + n[None, :], total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at_out, total.to(out.dtype.element_ty), mask=mask)
 
 
 def _sum_columns(width: int) -> int:
@@ -47,18 +51,21 @@ def _sum_columns(width: int) -> int:
 def gather_sum(
     rows: Tensor, position: Tensor | None, n_out: int, terms: int, gate: Tensor | None = None,
     bias: Tensor | None = None, bias_gate: Tensor | None = None, index: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum `terms` rows for each of `n_out` outputs; rows lie in order where position is None.
 
     gate weighs the rows. bias [E, F] is added once per term, weighed by bias_gate, of the term's expert in `index`.
+    residual [n_out, F] is added once, and its dtype is that of the result.
     """
     width = rows.shape[1]
-    out = torch.empty(n_out, width, dtype=rows.dtype, device=rows.device)
+    dtype = rows.dtype if residual is None else residual.dtype
+    out = torch.empty(n_out, width, dtype=dtype, device=rows.device)
     if n_out and width:
         columns, n_rows = _sum_columns(width), 16 if interpreted() else 1
         _gather_sum[(triton.cdiv(n_out, n_rows), triton.cdiv(width, columns))](
-            rows, position, gate if bias is None else bias_gate, index, bias, out, n_out, width,
-            position is not None, gate is not None, bias is not None, terms, n_rows, columns,
+            rows, position, gate if bias is None else bias_gate, index, bias, residual, out, n_out, width,
+            position is not None, gate is not None, bias is not None, residual is not None, terms, n_rows, columns,
             num_warps=4 if columns >= 512 else 1,
         )  # fmt: skip
     return out

@@ -55,9 +55,12 @@ class DenseFeedForward(FeedForward):
                 nn.init.zeros_(linear.bias)
             linear.reset_lora()
 
-    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
+    def forward(
+        self, data: Tensor, select: Tensor, call: Call, residual: Tensor | None = None
+    ) -> tuple[Tensor, Stats]:
         hidden = activate(self.up(data, call.repeat), self.activation)
-        return self.down(hidden, call.repeat), {}
+        output = self.down(hidden, call.repeat)
+        return output if residual is None else residual + output, {}
 
 
 class ExpertFeedForward(FeedForward):
@@ -123,7 +126,9 @@ class ExpertFeedForward(FeedForward):
         )
         return [{"up": up, "down": down} for up, down in pairs]
 
-    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
+    def forward(
+        self, data: Tensor, select: Tensor, call: Call, residual: Tensor | None = None
+    ) -> tuple[Tensor, Stats]:
         alive, up, down = call.alive, call.copy_of("up"), call.copy_of("down")
         up_ticket, down_ticket = call.ticket_of("up"), call.ticket_of("down")
         routing = self.router(select, alive)
@@ -141,8 +146,11 @@ class ExpertFeedForward(FeedForward):
             b_down=self.down_bias,
             casts=None if up is None or down is None else (up, down),
             tickets=None if up_ticket is None or down_ticket is None else (up_ticket, down_ticket),
+            residual=None if residual is None or alive is not None else residual.flatten(0, 1),
         )
         output = everyone(output, alive).view(data.shape)
+        if residual is not None and alive is not None:
+            output = residual + output
         if self.shared is not None:
             output = output + self.shared(data, select, call)[0]
         return output, under("router", routing.stats)

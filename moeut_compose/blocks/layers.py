@@ -96,8 +96,7 @@ class PreNormLayer(Layer):
 
     def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
         normed = self.feedforward_norm(x, call.repeat)
-        output, stats = self.feedforward(normed, normed, call)
-        return x + output, stats
+        return self.feedforward(normed, normed, call, residual=x)
 
 
 class PostNormLayer(Layer):
@@ -125,5 +124,4 @@ class PeriNormLayer(Layer):
         return Mixed(hidden + output, stats, memory)
 
     def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
-        output, stats = self.feedforward(x, self.feedforward_norm(x, call.repeat), call)
-        return x + output, stats
+        return self.feedforward(x, self.feedforward_norm(x, call.repeat), call, residual=x)

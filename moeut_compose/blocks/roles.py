@@ -193,5 +193,7 @@ class FeedForward(nn.Module, ABC):
         return [{} for _ in range(n_calls)]
 
     @abstractmethod
-    def forward(self, data: Tensor, select: Tensor, call: Call) -> tuple[Tensor, Stats]:
-        """Transform `data [B, T, D]`; routers read `select [B, T, D]`."""
+    def forward(
+        self, data: Tensor, select: Tensor, call: Call, residual: Tensor | None = None
+    ) -> tuple[Tensor, Stats]:
+        """Transform `data [B, T, D]` and add it to `residual`, if there is one; routers read `select [B, T, D]`."""

@@ -135,4 +135,5 @@ def test_half_precision_stays_close_to_full_precision() -> None:
         wanted = model(ids[:, 8:], cache=cache).logits[:, 0]
         fused.make_room(256)
         logits = fused.step(ids[:, 8], lengths, half)
-    assert (logits - wanted).norm() < 0.05 * wanted.norm()
+    error = (logits - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert error.median() < 0.01  # a rounded score may send single tokens to other experts

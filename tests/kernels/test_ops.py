@@ -157,6 +157,7 @@ def arguments(cases, op, dtype=torch.float32, activation="relu"):
             True,
             "torch",
             [],
+            torch.randn_like(o["x"][:, :1]).expand(-1, o["w_down"].shape[2]).contiguous(),
         )
     return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch", []
 
@@ -313,6 +314,7 @@ def test_saves_nothing_without_gradients(cases):
         False,
         "torch",
         [],
+        None,
     )[1:]
     assert all(t.numel() == 0 for t in kept)
 
@@ -379,3 +381,23 @@ class TestErrors:
     def test_backend(self):
         with pytest.raises(ValueError, match="not one of"), mk.use_backend("cublas"):
             pass
+
+
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+def test_a_residual_is_added_in_its_own_dtype(cases, backend):
+    case = cases.make("feedforward", d_in=7)
+    plan = mk.plan(case.index, case.n_experts)
+    o = cases.leaves(case.operands, dtype=torch.float32)
+    rows, weights = o["x"].detach().bfloat16().requires_grad_(), [o["w_up"], o["w_down"]]
+    residual = torch.randn(rows.shape, requires_grad=True)
+    leaves, cotangent = [rows, *weights, residual, o["gate"]], torch.randn(rows.shape)
+
+    def run(residual):
+        out = mk.expert_feedforward(rows, *weights, plan, o["gate"], residual=residual)
+        return out if residual is not None else out.float() + leaves[3]
+
+    with mk.use_backend(backend):
+        results = [(out, *torch.autograd.grad(out, leaves, cotangent)) for out in (run(residual), run(None))]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="residual"):
+        mk.expert_feedforward(rows, *weights, plan, o["gate"], residual=residual[:, :3])

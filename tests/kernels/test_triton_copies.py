@@ -112,3 +112,36 @@ def test_deferred_gradients_of_projections(cases, op, disjoint):
     total.backward()
     expected.backward()
     assert cases.error(weight.grad, exact.grad) < 4e-3
+
+
+@pytest.mark.parametrize("d_in", [21, 32], ids=["padded", "even"])
+def test_a_residual_in_float32(cases, d_in):
+    """Rows in half precision are added to a residual that is wider, once; padded columns are no part of it."""
+    case = cases.make("feedforward", n_tokens=40, d_in=d_in, d_hidden=16, d_out=d_in)
+    leaves = {
+        name: case.operands[name].to(HALF).float().to(DEVICE).requires_grad_() for name in ("w_up", "w_down")
+    }
+    x = case.operands["x"].to(HALF).to(DEVICE).requires_grad_()
+    gate = case.operands["gate"].float().to(DEVICE).requires_grad_()
+    residual = torch.randn(40, d_in, device=DEVICE, requires_grad=True)
+    casts = mk.cast_weights(*leaves.values(), dtype=HALF, padded=True)
+    plan = mk.plan(case.index.to(DEVICE), case.n_experts)
+    out = mk.expert_feedforward(x, *leaves.values(), plan, gate, casts=casts, residual=residual)
+    assert out.dtype == torch.float32
+    operands = {**case.operands, "x": x, "gate": gate, **leaves}
+    exact = {
+        k: v.detach().double().cpu().requires_grad_() if v is not None else None for k, v in operands.items()
+    }
+    wide = residual.detach().double().cpu().requires_grad_()
+    expected = case.define(exact) + wide
+    cotangent = torch.randn(expected.shape, dtype=torch.float64).to(HALF)
+    out.backward(cotangent.float().to(DEVICE))
+    expected.backward(cotangent.double())
+    assert cases.error(out, expected) < 4e-3
+    pairs = [
+        (x, exact["x"]),
+        (gate, exact["gate"]),
+        (residual, wide),
+        *((leaves[n], exact[n]) for n in leaves),
+    ]
+    assert all(cases.error(ours.grad, wanted.grad) < 4e-3 for ours, wanted in pairs)

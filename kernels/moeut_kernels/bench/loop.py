@@ -31,7 +31,9 @@ def loop_over_experts(form: str = "loop") -> Iterator[None]:
     def feedforward(x, w_up, w_down, plan, gate, **options):  # type: ignore[no-untyped-def]
         for name in ("casts", "tickets"):
             options.pop(name, None)
-        return looped_feedforward(x, w_up, w_down, plan.index, gate, indexed=indexed, **options)
+        residual = options.pop("residual", None)
+        out = looped_feedforward(x, w_up, w_down, plan.index, gate, indexed=indexed, **options)
+        return out if residual is None else residual + out
 
     def split(x, weight, plan, gate=None, bias=None, **copies):  # type: ignore[no-untyped-def]
         return looped_split(x, weight, plan.index, gate, bias, indexed=indexed)
