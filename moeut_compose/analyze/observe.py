@@ -49,7 +49,7 @@ class Application:
     mixed: Tensor = field(init=False)
     """What the mixer returned."""
     transformed: Tensor = field(init=False)
-    """What the feedforward returned."""
+    """What the feedforward added, or returned where its output is normalised."""
     after: Tensor = field(init=False)
     choices: dict[str, Choice] = field(default_factory=dict)
     """By the name of the router inside the layer, such as `feedforward.router`."""
@@ -91,13 +91,16 @@ def _watch(layer: Layer, stage: int, member: int, seen: list[Application]) -> It
     def mix(_: Mixer, arguments: tuple[Any, ...], mixed: Mixed) -> None:
         seen[-1].mixed = mixed.output
 
-    def transform(_: FeedForward, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        seen[-1].transformed = output[0]
+    def transform(
+        _: FeedForward, arguments: tuple[Any, ...], options: dict[str, Any], output: tuple[Tensor, Any]
+    ) -> None:
+        residual = options.get("residual")
+        seen[-1].transformed = output[0] if residual is None else output[0] - residual
 
     yield layer.register_forward_pre_hook(begin)
     yield layer.register_forward_hook(end)
     yield layer.mixer.register_forward_hook(mix)
-    yield layer.feedforward.register_forward_hook(transform)
+    yield layer.feedforward.register_forward_hook(transform, with_kwargs=True)
     for name, module in layer.named_modules():
         if isinstance(module, Router):
             yield module.register_forward_hook(_recorder(role_of(name), seen))
