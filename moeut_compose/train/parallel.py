@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Parallelism = Literal["ddp", "fsdp"]
 
+SMALLEST_UNIT = 256 * 2**20
+"""Bytes of weights that are gathered at once. Each unit costs the host milliseconds a step, whatever its size."""
+
 
 class Engine:
     """One process that has the model for itself."""
@@ -86,8 +89,9 @@ class GraphedReplicas(Engine):
 class Shards(Engine):
     """Weights, gradients and optimiser state are split over the processes (FSDP2).
 
-    The unit is a layer with weights of its own. Where layers run several times, it is their stage: gathered once, used
-    by all its repeats, and its gradients sent once. Numbers travel in float32, so autocast means what it means alone.
+    The unit is a layer with weights of its own, or several in a row if they are small. Where layers run several times,
+    it is their stage: gathered once, used by all its repeats, and its gradients sent once. Numbers travel in float32,
+    so autocast means what it means alone.
     """
 
     def __init__(self, model: LanguageModel, world: World) -> None:
@@ -97,8 +101,8 @@ class Shards(Engine):
             if len(stage.schedule) > len(stage.layers):
                 fully_shard(stage, mesh=mesh, reshard_after_forward=False)
             else:
-                for layer in stage.layers:
-                    fully_shard(layer, mesh=mesh)
+                for unit in _units(list(stage.layers)):
+                    fully_shard(unit, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         super().__init__(model)
 
@@ -106,6 +110,22 @@ class Shards(Engine):
         assert isinstance(self.forward, FSDPModule)
         self.forward.set_requires_gradient_sync(is_last)
         return nullcontext()
+
+
+def _units(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Layers in a row, put together until they reach the smallest unit; what is left joins the last."""
+    units: list[list[nn.Module]] = [[]]
+    size = 0
+    for layer in layers:
+        if size >= SMALLEST_UNIT:
+            units.append([])
+            size = 0
+        units[-1].append(layer)
+        size += sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+    if size < SMALLEST_UNIT and len(units) > 1:
+        rest = units.pop()
+        units[-1] += rest
+    return units
 
 
 def spread(model: LanguageModel, world: World, parallelism: Parallelism, *, graphed: bool) -> Engine:

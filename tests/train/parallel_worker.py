@@ -14,6 +14,7 @@ from moeut_compose.build import build_model
 from moeut_compose.evaluate.perplexity import measure_perplexity
 from moeut_compose.spec.io import load_spec
 from moeut_compose.spec.recipe import AdamWSpec, CosineSchedule
+from moeut_compose.train import parallel
 from moeut_compose.train.checkpoint import weights_of
 from moeut_compose.train.device import choose_precision
 from moeut_compose.train.loop import Trainer
@@ -50,6 +51,8 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     world = started_world()
     world.open(torch.device("cpu"))
+    if world.size > 2:
+        parallel.SMALLEST_UNIT = 1  # every layer for itself
     for name in ARCHITECTURES:
         for parallelism in ("ddp", "fsdp") if world.size > 1 else ("alone",):
             weights = train(name, parallelism, world)

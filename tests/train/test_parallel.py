@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from moeut_compose.spec.io import dump_yaml
 from moeut_compose.spec.model import ModelSpec
 from moeut_compose.spec.recipe import RecipeSpec
-from moeut_compose.train import session
+from moeut_compose.train import parallel, session
 from moeut_compose.train.errors import TrainError
 from moeut_compose.train.metrics import read_rows, scalars
 from moeut_compose.train.plan import plan_training
@@ -245,3 +245,20 @@ def child_of_rank(parent: int, rank: int) -> int:
         except OSError:
             continue
     raise AssertionError(f"torchrun has no child of rank {rank}")
+
+
+def test_small_layers_share_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [
+        torch.nn.Linear(4, width, bias=False) for width in (2, 2, 2, 9, 1, 2)
+    ]  # 32, 32, 32, 144, 16, 32 bytes
+
+    def sizes(smallest: int) -> list[int]:
+        monkeypatch.setattr(parallel, "SMALLEST_UNIT", smallest)
+        units = parallel._units(layers)
+        assert [layer for unit in units for layer in unit] == layers
+        return [len(unit) for unit in units]
+
+    assert sizes(1) == [1, 1, 1, 1, 1, 1]
+    assert sizes(40) == [2, 2, 2]
+    assert sizes(64) == [2, 4]  # what is left is too small to stand alone
+    assert sizes(10**6) == [6]
