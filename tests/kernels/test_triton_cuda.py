@@ -24,7 +24,8 @@ def test_drawn_shapes_fill_real_tiles(cases, draw):
     op, dtype = r.choice(OPS), r.choice([torch.float32, torch.bfloat16])
     n_experts = r.choice([1, 7, 40, 65])
     kwargs = {
-        "n_tokens": r.choice([1, 130, 700]),
+        # few tokens only in float32: a single gate's gradient is a sum that may cancel beyond what bfloat16 leaves of it
+        "n_tokens": r.choice([1, 130, 700] if dtype == torch.float32 else [20, 130, 700]),
         "n_groups": 1 if op == "feedforward" else r.randint(1, 4),
         "top_k": r.randint(1, min(4, n_experts)),
         "n_experts": n_experts,
