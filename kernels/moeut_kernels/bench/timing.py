@@ -19,6 +19,7 @@ class Timing:
 def time_graph(run: Callable[[], object], *, repeats: int = 20) -> Timing:
     """Capture `run` in a CUDA graph and time its replays: device time without launch gaps from Python."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # operands may still be in the making there
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
