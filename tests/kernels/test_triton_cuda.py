@@ -79,6 +79,7 @@ def test_captures_in_a_graph(cases, op):
 
     expected = [t.detach().clone() for t in step()]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
