@@ -83,7 +83,7 @@ def expert_feedforward(
     )[0]
     if not padded:
         return out
-    return out[:, :width] if residual is None else residual + out[:, :width]
+    return out[:, :width] if residual is None else (residual + out[:, :width]).to(residual.dtype)
 
 
 def feedforward_tickets(
@@ -182,7 +182,7 @@ def _forward(
     if b_down is not None:
         out += reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
     if residual is not None:
-        out = residual + out
+        out = (residual + out).to(residual.dtype)
     keeps_hidden, keeps_pre = save and activation == "relu", save and activation != "relu"
     return out, hidden if keeps_hidden else x.new_empty(0), z if keeps_pre else x.new_empty(0)
 

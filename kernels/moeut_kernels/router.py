@@ -74,7 +74,8 @@ def _widened(x: Tensor) -> Tensor:
 
 def _by_token(logits: Tensor) -> Tensor:
     """[N, H, E'] of [..., H, E'], copied only where tokens are not evenly spaced or columns lie apart."""
-    logits = logits.unsqueeze(-2) if logits.dim() == 2 else logits
+    if logits.dim() <= 2:
+        logits = logits.reshape(-1, 1, logits.shape[-1])
     *leading, n_heads, width = logits.shape
     spaced = all(logits.stride(i) == logits.stride(i + 1) * leading[i + 1] for i in range(len(leading) - 1))
     logits = logits if spaced and logits.stride(-1) == 1 else logits.contiguous()

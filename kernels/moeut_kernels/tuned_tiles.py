@@ -82,7 +82,8 @@ def setting_of(device: torch.device) -> Setting:
 def _digest_of_kernels() -> str:
     """A tile that was measured, and fitted, with other kernels says nothing about these."""
     digest = sha256()
-    for source in sorted(Path(__file__).parent.glob("triton_*.py")):
+    here = Path(__file__).parent
+    for source in [here / "plan.py", *sorted(here.glob("triton_*.py"))]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -152,7 +152,7 @@ class SigmoidRouter(LinearRouter):
             _, index = candidates.topk(self.top_k, dim=-1, sorted=False)
             gate = (logits if self.attention else candidates).gather(-1, index).sigmoid()
         elif self.training and self.observes and alive is None and columns is None:
-            # of joint products, the gradients are put side by side while the compiler computes them
+            # Scores of a joint product keep the plain path: the compiler writes their gradient in its place.
             index, gate, usage = mk.topk_sigmoid_usage(scores, self.top_k, self.n_experts)
             return self.routing(logits, index, gate, alive, usage)
         else:

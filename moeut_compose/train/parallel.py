@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Parallelism = Literal["ddp", "fsdp"]
 
 SMALLEST_UNIT = 256 * 2**20
-"""Bytes of weights that are gathered at once. Each unit costs the host milliseconds a step, whatever its size."""
+"""Bytes of weights that a unit holds at least, if its stage has as many: it costs the host milliseconds a step."""
 
 
 class Engine:

@@ -136,4 +136,6 @@ def test_half_precision_stays_close_to_full_precision() -> None:
         fused.make_room(256)
         logits = fused.step(ids[:, 8], lengths, half)
     error = (logits - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert error.median() < 0.01  # a rounded score may send single tokens to other experts
+    # a rounded score sends some tokens to other experts, and then to more of them
+    assert error.median() < 0.01
+    assert error.max() < 1

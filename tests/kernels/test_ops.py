@@ -399,5 +399,8 @@ def test_a_residual_is_added_in_its_own_dtype(cases, backend):
     with mk.use_backend(backend):
         results = [(out, *torch.autograd.grad(out, leaves, cotangent)) for out in (run(residual), run(None))]
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert (
+        mk.expert_feedforward(rows.float(), *weights, plan, o["gate"], residual=rows).dtype == torch.bfloat16
+    )
     with pytest.raises(ValueError, match="residual"):
         mk.expert_feedforward(rows, *weights, plan, o["gate"], residual=residual[:, :3])

@@ -90,6 +90,13 @@ def test_topk_of_rows_that_do_not_touch(columns):
     torch.testing.assert_close(gate.cpu(), expected.values.sigmoid())
 
 
+def test_topk_of_a_single_row():
+    logits = torch.randn(11)
+    index, gate = mk.topk_sigmoid(logits.to(DEVICE).requires_grad_(), 3)
+    gate.sum().backward()
+    assert torch.equal(index.cpu(), logits.topk(3).indices)
+
+
 @pytest.mark.parametrize("used", ["both", "gates", "usage"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_heads", "n_experts", "width"), [(1, 37, 40), (3, 5, 5), (4, 2, 2), (1, 1, 8)])
