@@ -1,4 +1,4 @@
-"""The ops on CPU against dense einsums in float64: values, gradients, shapes at the edges, and torch.library contracts."""
+"""The ops on CPU against dense einsums in float64: values, gradients, shapes at the edges, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-OPS = ["split", "merge", "feedforward"]
+from tests.kernels.op_names import OPS
+
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 
@@ -138,187 +138,6 @@ def test_gradients_that_nobody_wants(cases, op, frozen):
         assert torch.equal(full[name].grad, partial[name].grad), name
 
 
-def arguments(cases, op, dtype=torch.float32, activation="relu"):
-    case = cases.make(op, n_groups=1 if op == "feedforward" else 2, biased=True, activation=activation)
-    o = cases.leaves(case.operands, dtype=dtype)
-    plan = mk.plan(case.index, case.n_experts)
-    if op == "feedforward":
-        return (
-            o["x"],
-            o["w_up"],
-            o["w_down"],
-            None,
-            None,
-            o["gate"],
-            o["b_up"],
-            o["b_down"],
-            *plan.tensors,
-            activation,
-            True,
-            "torch",
-            [],
-            torch.randn_like(o["x"][:, :1]).expand(-1, o["w_down"].shape[2]).contiguous(),
-        )
-    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch", []
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(cases, op):
-    torch.library.opcheck(getattr(torch.ops.moeut, f"expert_{op}"), arguments(cases, op))
-
-
-def test_opcheck_keeps_the_pre_activation(cases):
-    torch.library.opcheck(
-        torch.ops.moeut.expert_feedforward, arguments(cases, "feedforward", activation="swiglu")
-    )
-
-
-def test_opcheck_plan():
-    torch.library.opcheck(torch.ops.moeut.plan, (torch.randint(0, 5, (7, 2, 3)), 5, 5, "torch"))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_to_one_graph(cases, op):
-    """Plan and product in one full graph; values and gradients bit-equal to eager."""
-    case = cases.make(op, n_tokens=16, n_groups=1 if op == "feedforward" else 2, biased=True)
-    results = []
-    for run in (case.run, torch.compile(case.run, fullgraph=True, backend="aot_eager")):
-        leaves = cases.leaves(case.operands, dtype=torch.float32)
-        out = run(leaves)
-        out.sin().sum().backward()
-        results.append([out.detach(), *(leaf.grad for leaf in leaves.values())])
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_floating_point_operations(cases, op):
-    """2 x MACs of the chosen experts: one product forward, two backward."""
-    case = cases.make(
-        op, n_tokens=8, n_groups=1 if op == "feedforward" else 2, top_k=3, d_in=5, d_hidden=4, d_out=6
-    )
-    slots = case.index.numel()
-    forward = 2 * slots * (5 * 4 + 4 * 6) if op == "feedforward" else 2 * slots * 5 * 6
-    for device in ("cpu", "meta"):
-        leaves = cases.leaves(case.operands, dtype=torch.float32, device=device)
-        with FlopCounterMode(display=False) as counter:
-            out = case.run(leaves)
-        assert counter.get_total_flops() == forward
-        with FlopCounterMode(display=False) as counter:
-            out.sum().backward()
-        assert counter.get_total_flops() == 2 * forward
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_meta_shapes(cases, op):
-    case = cases.make(op, n_groups=1 if op == "feedforward" else 3)
-    real = case.run(cases.leaves(case.operands, dtype=torch.float32))
-    leaves = cases.leaves(case.operands, dtype=torch.float32, device="meta")
-    meta = case.run(leaves)
-    assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
-    meta.sum().backward()
-    assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values() if leaf is not None)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_traces_as_one_node(cases, op):
-    """torch.jit.trace on meta tensors, the way MAC counters look at a model, sees one node for each op."""
-    case = cases.make(op, n_groups=1 if op == "feedforward" else 2)
-    leaves = {k: None if v is None else v.float().to("meta") for k, v in case.operands.items()}
-    index = case.index.to("meta")
-    case.index = index
-    graph = torch.jit.trace(lambda x: case.run({**leaves, "x": x}), leaves["x"], check_trace=False).graph
-    kinds = [node.kind() for node in graph.nodes() if node.kind().startswith("moeut::")]
-    assert kinds == ["moeut::plan", f"moeut::expert_{op}"]
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_autocast(cases, op):
-    """Rows and weights are multiplied in the autocast dtype; gradients of float32 weights stay float32."""
-    case = cases.make(op, n_tokens=64, n_groups=1 if op == "feedforward" else 2, biased=True)
-    leaves = cases.leaves(case.operands, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = case.run(leaves)
-    assert out.dtype == torch.bfloat16
-    out.float().sin().sum().backward()
-    exact = cases.leaves(case.operands, dtype=torch.float64)
-    reference = case.define(exact)
-    reference.sin().sum().backward()
-    assert cases.error(out, reference) < 1e-2
-    for name, leaf in leaves.items():
-        assert leaf.grad.dtype == torch.float32
-        assert cases.error(leaf.grad, exact[name].grad) < 2e-2, name
-
-
-def test_casts_are_made_once_and_used(cases):
-    case = cases.make("feedforward")
-    o = cases.leaves(case.operands, dtype=torch.float32)
-    plan = mk.plan(case.index, case.n_experts)
-    casts = mk.cast_weights(o["w_up"], o["w_down"], dtype=torch.bfloat16)
-    doubled = tuple(2 * c for c in casts)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = mk.expert_feedforward(o["x"], o["w_up"], o["w_down"], plan, o["gate"])
-        given = mk.expert_feedforward(o["x"], o["w_up"], o["w_down"], plan, o["gate"], casts=casts)
-        other = mk.expert_feedforward(o["x"], o["w_up"], o["w_down"], plan, o["gate"], casts=doubled)
-    assert torch.equal(plain, given)
-    assert torch.equal(other, 4 * plain)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_padded_copies_change_nothing(cases, op):
-    """Sides rounded up to 16 with zeros: same output and gradients, of the shapes of the weights."""
-    case = cases.make(op, n_groups=1 if op == "feedforward" else 2, d_in=13, d_hidden=9, d_out=21)
-    results = []
-    for padded in (False, True):
-        o = cases.leaves(case.operands, dtype=torch.float32)
-        plan, bf16 = mk.plan(case.index, case.n_experts), torch.bfloat16
-        with torch.autocast("cpu", bf16):
-            if op == "feedforward":
-                casts = mk.cast_weights(o["w_up"], o["w_down"], dtype=bf16, padded=padded)
-                out = mk.expert_feedforward(o["x"], o["w_up"], o["w_down"], plan, o["gate"], casts=casts)
-            else:
-                cast = mk.cast_weights(o["weight"], dtype=bf16, padded=padded)[0]
-                project = mk.expert_split if op == "split" else mk.expert_merge
-                out = project(o["x"], o["weight"], plan, o["gate"], cast=cast)
-        out.float().sin().sum().backward()
-        results.append([out, *(leaf.grad for leaf in o.values() if leaf is not None)])
-    for plain, wide in zip(*results, strict=True):
-        assert plain.shape == wide.shape
-        assert cases.error(wide, plain) < 6e-3
-
-
-def test_copies_of_another_shape_are_refused(cases):
-    case = cases.make("split")
-    o = case.operands
-    x, weight, plan = o["x"].float(), o["weight"].float(), mk.plan(case.index, 5)
-    cast = torch.zeros(5, 6 + 16, 7, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="cast must be"):
-        mk.expert_split(x, weight, plan, o["gate"], cast=cast)
-
-
-def test_saves_nothing_without_gradients(cases):
-    case = cases.make("feedforward")
-    plan = mk.plan(case.index, case.n_experts)
-    o = case.operands
-    kept = torch.ops.moeut.expert_feedforward(
-        o["x"],
-        o["w_up"],
-        o["w_down"],
-        None,
-        None,
-        o["gate"],
-        None,
-        None,
-        *plan.tensors,
-        "relu",
-        False,
-        "torch",
-        [],
-        None,
-    )[1:]
-    assert all(t.numel() == 0 for t in kept)
-
-
 def test_plan_groups_slots_by_expert():
     index = torch.randint(0, 7, (11, 3, 2))
     plan = mk.plan(index, 7)
@@ -381,26 +200,3 @@ class TestErrors:
     def test_backend(self):
         with pytest.raises(ValueError, match="not one of"), mk.use_backend("cublas"):
             pass
-
-
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
-def test_a_residual_is_added_in_its_own_dtype(cases, backend):
-    case = cases.make("feedforward", d_in=7)
-    plan = mk.plan(case.index, case.n_experts)
-    o = cases.leaves(case.operands, dtype=torch.float32)
-    rows, weights = o["x"].detach().bfloat16().requires_grad_(), [o["w_up"], o["w_down"]]
-    residual = torch.randn(rows.shape, requires_grad=True)
-    leaves, cotangent = [rows, *weights, residual, o["gate"]], torch.randn(rows.shape)
-
-    def run(residual):
-        out = mk.expert_feedforward(rows, *weights, plan, o["gate"], residual=residual)
-        return out if residual is not None else out.float() + leaves[3]
-
-    with mk.use_backend(backend):
-        results = [(out, *torch.autograd.grad(out, leaves, cotangent)) for out in (run(residual), run(None))]
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert (
-        mk.expert_feedforward(rows.float(), *weights, plan, o["gate"], residual=rows).dtype == torch.bfloat16
-    )
-    with pytest.raises(ValueError, match="residual"):
-        mk.expert_feedforward(rows, *weights, plan, o["gate"], residual=residual[:, :3])

@@ -6,7 +6,8 @@ import moeut_kernels as mk
 import pytest
 import torch
 
-from tests.kernels.triton_cases import DEVICE, DTYPES, OPS, TRITON, check
+from tests.kernels.op_names import OPS
+from tests.kernels.triton_cases import DEVICE, DTYPES, TRITON, check
 
 pytestmark = TRITON
 

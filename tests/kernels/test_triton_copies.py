@@ -6,7 +6,8 @@ import moeut_kernels as mk
 import pytest
 import torch
 
-from tests.kernels.triton_cases import DEVICE, HALF, OPS, TRITON
+from tests.kernels.op_names import OPS
+from tests.kernels.triton_cases import DEVICE, HALF, TRITON
 
 pytestmark = TRITON
 

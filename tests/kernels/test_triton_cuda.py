@@ -8,7 +8,8 @@ import moeut_kernels as mk
 import pytest
 import torch
 
-from tests.kernels.triton_cases import DEVICE, INTERPRETED, OPS, TRITON, check
+from tests.kernels.op_names import OPS
+from tests.kernels.triton_cases import DEVICE, INTERPRETED, TRITON, check
 
 pytestmark = [
     *TRITON,

@@ -20,7 +20,6 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 """Relative errors allowed."""
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else list(BOUNDS)
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
-OPS = ["split", "merge", "feedforward"]
 
 
 def check(cases, op, dtype, **kwargs):
