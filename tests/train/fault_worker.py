@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from moeut_compose.data import prepare, tokenizer, tokens
 from moeut_compose.train import checkpoint, loop, metrics, run, saving, session
 from moeut_compose.train import plan as planning
 from moeut_compose.train.memory import Activations
+from tests.train.forking import in_a_child
 
 POINTS: dict[str, tuple[object, str, int, bool]] = {
     # phase: where, what is called there, the call that fails, whether it has done its work by then
@@ -96,21 +97,7 @@ def main() -> None:
     session.plot_loss = lambda rows, folder, title: folder / "loss.png"
     for line in sys.stdin:
         order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                child(order)
-                status = 0
-            except SystemExit as leaving:
-                status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-            finally:
-                if sys.exc_info()[0] not in (None, SystemExit):
-                    traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(in_a_child(partial(child, order)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import os
 import resource
 import signal
 import sys
-import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from moeut_compose.interchange.huggingface import export
 from moeut_compose.train import plan as planning
 from moeut_compose.train import session
 from moeut_compose.train.memory import Activations
+from tests.train.forking import in_a_child
 
 EXTRA_MEMORY = 3 * 2**30
 LARGEST_FILE = 256 * 2**20
@@ -74,18 +75,7 @@ def main() -> None:
         if not order["seconds"]:
             print(work(order), file=answers)
             continue
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                status = child(order)
-            finally:
-                if sys.exc_info()[0] is not None:
-                    traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers)
+        print(in_a_child(partial(child, order)), file=answers)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Checkpoints whose checksums are right and whose content is not what training wrote."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from moeut_compose.train.checkpoint import find_checkpoint, open_checkpoint
 from moeut_compose.train.errors import CheckpointError
 from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.run import load_run, train
+from tests.train.mutations import sign
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,6 @@ def run(spec: ModelSpec, short: RecipeSpec, tmp_path: Path) -> Path:
 
 def newest(run: Path) -> Path:
     return run / "checkpoints" / "step-00000002"
-
-
-def sign(checkpoint: Path) -> None:
-    meta = json.loads((checkpoint / "meta.json").read_text())
-    for name in meta["files"]:
-        data = (checkpoint / name).read_bytes()
-        meta["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (checkpoint / "meta.json").write_text(json.dumps(meta))
 
 
 def rewrite_weights(checkpoint: Path, way: str) -> None:
