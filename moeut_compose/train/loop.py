@@ -21,7 +21,7 @@ from moeut_compose.train.errors import TrainError
 from moeut_compose.train.graph import GraphedPass
 from moeut_compose.train.nonfinite import first_nonfinite, nonfinite_weight
 from moeut_compose.train.optim import build_optimizer, clip_gradients
-from moeut_compose.train.parallel import Engine, collect, like, whole
+from moeut_compose.train.parallel import Engine, collect, like
 from moeut_compose.train.router_load import loads_by_repeat
 from moeut_compose.train.schedule import lr_at
 from moeut_compose.train.skipping import SkipCounter, step_unless
@@ -109,7 +109,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self._scaler.unscale_(self.optimizer)
-        norm = whole(clip_gradients(self.model.parameters(), self._clip_norm).detach())
+        norm = clip_gradients(self.model.parameters(), self._clip_norm).detach()
         has_loss = values["loss"].isfinite()
         skipped = ~(has_loss & norm.isfinite())
         self.skips.record(self.step, skipped, has_loss & self._scale_may_fall())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moeut_compose.blocks.stages import Stage
@@ -90,8 +90,8 @@ class Shards(Engine):
     """Weights, gradients and optimiser state are split over the processes (FSDP2).
 
     The unit is a layer with weights of its own, or several in a row if they are small. Where layers run several times,
-    it is their stage: gathered once, used by all its repeats, and its gradients sent once. Numbers travel in float32,
-    so autocast means what it means alone.
+    it is their stage: gathered once, used by all its repeats, and its gradients sent once. What the backward pass
+    begins with stays gathered. Numbers travel in float32, so autocast means what it means alone.
     """
 
     def __init__(self, model: LanguageModel, world: World) -> None:
@@ -101,8 +101,10 @@ class Shards(Engine):
             if len(stage.schedule) > len(stage.layers):
                 fully_shard(stage, mesh=mesh, reshard_after_forward=False)
             else:
-                for unit in _units(list(stage.layers)):
+                *units, last = _units(list(stage.layers))
+                for unit in units:
                     fully_shard(unit, mesh=mesh)
+                fully_shard(last, mesh=mesh, reshard_after_forward=False)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         super().__init__(model)
 
@@ -143,6 +145,19 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     with translated():
         return tensor.full_tensor()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that is split over processes, sharing its memory; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of_whole(norm_of_parts: Tensor, tensor: Tensor) -> Tensor:
+    """The L2 norm of tensors that are split as `tensor` is, from the norm of the parts that this process holds."""
+    if not isinstance(tensor, DTensor):
+        return norm_of_parts
+    squares = DTensor.from_local(norm_of_parts.square(), tensor.device_mesh, [Partial()], run_check=False)
+    return whole(squares).sqrt()
 
 
 def collect(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from moeut_compose.train.errors import Interrupted, TrainingDiverged
 from moeut_compose.train.loop import Trainer
 from moeut_compose.train.metrics import read_rows
 from moeut_compose.train.nonfinite import first_nonfinite
+from moeut_compose.train.optim import AdamW
 from moeut_compose.train.run import load_run, train
 from moeut_compose.train.skipping import SkipCounter
 
@@ -237,7 +238,7 @@ def test_too_many_in_a_row_end_the_run(
     limited = recipe.model_copy(update={"max_skipped_steps": 3})
     spoil(monkeypatch, lambda step: step in (2, 3, 5, 6, 7))
     taken: list[int] = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step, taken))
+    monkeypatch.setattr(AdamW, "step", counted(AdamW.step, taken))
     with pytest.raises(TrainingDiverged) as caught:
         train(spec, limited, out=tmp_path / "run")
     text = str(caught.value)
