@@ -85,16 +85,9 @@ class _Deferred(torch.autograd.Function):
         return gradient, *(None,) * 5
 
 
-def plan_message(slots: Tensor, offsets: Tensor, hand_in: bool) -> tuple[Tensor, Tensor]:
-    """Slots and offsets as they are handed in, or two empty tensors."""
-    if hand_in:
-        return _message(slots), _message(offsets)
-    return slots.new_empty(0, dtype=torch.float32), slots.new_empty(0, dtype=torch.float32)
-
-
-def _message(integers: Tensor) -> Tensor:
-    """A float32 copy of the bits of an int32 tensor: only such tensors can be gradients."""
-    return integers.contiguous().view(torch.float32).clone()
+def as_message(integers: Tensor) -> Tensor:
+    """The bits of an int32 tensor as float32, in its memory: only such tensors can be gradients."""
+    return integers.contiguous().view(torch.float32)
 
 
 def _integers(message: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moeut_kernels import activation as activations
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
-from moeut_kernels.deferral import Ticket, defer, plan_message
+from moeut_kernels.deferral import Ticket, as_message, defer
 from moeut_kernels.plan import Plan
 
 _OPERANDS = (
@@ -30,7 +30,7 @@ _FORWARD = (
 )
 _BACKWARD = (
     f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, bool hand_in,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -210,7 +210,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w_up, w_down, gate, b_up, b_down, and what is handed in; empty where not wanted.
 
-    Handed in: the gradient of the pre-activation, the gated hidden (empty where it was kept), slots, offsets.
+    Handed in: the gradient of the pre-activation, the gated hidden (empty where it was kept).
     """
     *routing, hidden, pre, activation, wants, hand_in, backend = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
@@ -258,11 +258,11 @@ def _backward(
         dense = reference.gate_matrix(gates, choices, w_down.shape[0]).to(grad.dtype)
         d_b_down = (dense.t() @ grad).to(b_down.dtype)
     message = (d_z, hidden * ordered) if hand_in else (grad.new_empty(0), grad.new_empty(0))
-    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, *message, *plan_message(slots, offsets, hand_in)
+    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, *message
 
 
 def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, *rest):  # type: ignore[no-untyped-def]
-    slots, offsets, wants, hand_in, backend = rest[1], rest[3], *rest[-3:]
+    slots, wants, hand_in, backend = rest[1], *rest[-3:]
     sources = zip((x, w_up, w_down, gate, b_up, b_down), wants, strict=True)
     gradients = (
         grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
@@ -273,8 +273,6 @@ def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down
         *gradients,
         grad.new_empty((rows, d_pre) if hand_in else 0),
         grad.new_empty((rows, d_hidden) if hand_in and backend != "triton" else 0),
-        grad.new_empty(slots.shape if hand_in else 0, dtype=torch.float32),
-        grad.new_empty(offsets.shape if hand_in else 0, dtype=torch.float32),
     )
 
 
@@ -295,7 +293,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
     d_residual = grad if needs[17] else None
     grad = grad.to(saved[0].dtype)
-    *grads, d_pre, gated, slots, offsets = torch.ops.moeut.expert_feedforward_backward(
+    *grads, d_pre, gated = torch.ops.moeut.expert_feedforward_backward(
         grad, *saved, ctx.activation, wants, hand_in, ctx.backend
     )
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (
@@ -303,7 +301,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     )
     messages: list[Tensor | None] = [None] * ctx.n_tickets
     if hand_in:
-        x, hidden = saved[0], saved[13] if ctx.backend == "triton" else gated
+        x, slots, offsets = saved[0], as_message(saved[9]), as_message(saved[11])
+        hidden = saved[13] if ctx.backend == "triton" else gated
         messages = [x, d_pre, slots, offsets, hidden, grad, slots, offsets]
     return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages, d_residual
 

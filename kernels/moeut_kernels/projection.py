@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
-from moeut_kernels.deferral import Ticket, defer, plan_message
+from moeut_kernels.deferral import Ticket, as_message, defer
 from moeut_kernels.plan import Plan
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
@@ -28,7 +28,7 @@ _ROUTING = (
 _FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend, Tensor[] tickets) -> (Tensor, Tensor)"
 _BACKWARD = (
     f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, bool hand_in, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -177,16 +177,15 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, gate, bias, and what is handed in; empty where not wanted. Body of both backwards.
 
-    Handed in: gate times the output gradient (split) or the input (merge) in expert order, slots, offsets.
+    Handed in: gate times the output gradient (split) or the input (merge) in expert order.
     """
     matrix = weight if cast is None else cast
     if backend == "triton":
         from moeut_kernels import triton_projection
 
-        grads = triton_projection.backward(
+        return triton_projection.backward(
             merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in
         )
-        return *grads, *plan_message(routing[1], routing[3], hand_in)
     index, slots, position, offsets, *_ = routing
     per_input, per_output = _slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
@@ -221,7 +220,7 @@ def _backward(
         )
         d_bias = (dense.t() @ flat).to(bias.dtype)
     ordered = (rows if merge else d_rows) if hand_in else grad.new_empty(0)
-    return d_x, d_weight, d_gate, d_bias, ordered, *plan_message(slots, offsets, hand_in)
+    return d_x, d_weight, d_gate, d_bias, ordered
 
 
 def _register(name: str, merge: bool) -> None:
@@ -242,18 +241,13 @@ def _register(name: str, merge: bool) -> None:
         return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
 
     def fake_backward(grad, x, weight, cast, gate, bias, *rest):
-        slots, offsets, wants, hand_in = rest[1], rest[3], *rest[-3:-1]
+        slots, wants, hand_in = rest[1], *rest[-3:-1]
         gradients = (
             grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
             for source, wanted in zip((x, weight, gate, bias), wants, strict=True)
         )
         width = (weight if cast is None else cast).shape[1 if merge else 2]
-        return (
-            *gradients,
-            grad.new_empty((slots.shape[0], width) if hand_in else 0),
-            grad.new_empty(slots.shape if hand_in else 0, dtype=torch.float32),
-            grad.new_empty(offsets.shape if hand_in else 0, dtype=torch.float32),
-        )
+        return *gradients, grad.new_empty((slots.shape[0], width) if hand_in else 0)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, _, ctx.backend, tickets = inputs
@@ -269,14 +263,15 @@ def _register(name: str, merge: bool) -> None:
         saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
         hand_in = ctx.n_tickets > 0 and any(needs[14])
         wants = [needs[0], needs[1], needs[3], needs[4]]
-        *grads, ordered, slots, offsets = backward_packet(grad, *saved, wants, hand_in, ctx.backend)
+        *grads, ordered = backward_packet(grad, *saved, wants, hand_in, ctx.backend)
         d_x, d_weight, d_gate, d_bias = (
             g if wanted else None for g, wanted in zip(grads, wants, strict=True)
         )
         messages: list[Tensor | None] = [None] * ctx.n_tickets
         if hand_in:
+            _, slots, _, offsets, *_ = saved[5:]
             messages = [ordered, grad] if merge else [saved[0], ordered]
-            messages += [slots, offsets]
+            messages += [as_message(slots), as_message(offsets)]
         return d_x, d_weight, None, d_gate, d_bias, *(None,) * 9, messages
 
     forward_op = torch.library.custom_op(f"moeut::{name}", forward, mutates_args=(), schema=_FORWARD)

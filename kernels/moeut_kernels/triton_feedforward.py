@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moeut_kernels import activation as activations
-from moeut_kernels.deferral import plan_message
 from moeut_kernels.plan import TILE_ROWS, n_tiles
 from moeut_kernels.triton_gradients import weight_gradient
 from moeut_kernels.triton_rows import (
@@ -208,6 +207,5 @@ def backward(
         d_b_up = segment_sum(d_pre, slots, offsets, per_row=None, dtype=b_up.dtype)
     if want_b_down:
         d_b_down = segment_sum(grad, slots, offsets, per_row=top_k, dtype=b_down.dtype, gate=gate)
-    message = plan_message(slots, offsets, hand_in)
     d_rows = d_pre if hand_in else grad.new_empty(0)
-    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, d_rows, grad.new_empty(0), *message
+    return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, d_rows, grad.new_empty(0)

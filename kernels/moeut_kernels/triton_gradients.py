@@ -14,8 +14,9 @@ from torch import Tensor
 from moeut_kernels.triton_rows import accumulate
 from moeut_kernels.triton_tiles import block, tile
 
-MOST_PARTS = {"weight": 4, "weight_uses": 8}
-"""Tiles of 128 x 128 of a matrix that run before the next expert: with more, the gathered columns outgrow the cache."""
+MOST_PARTS = {"one": 4, "apart": 8, "together": 12}
+"""Tiles of 128 x 128 of a matrix that run before the next expert, for one use, and for several that are added up by
+separate programs or by one: with fewer, ordered rows come from memory again, with more, gathered ones do."""
 
 FEWEST_PROGRAMS = 2048
 """With fewer programs than this, uses are added up by separate ones."""
@@ -98,10 +99,11 @@ def weight_gradient(
     most_rows, most_columns = (t.rows, t.columns) if height >= width else (t.columns, t.rows)
     n_rows, n_columns = block(height, most_rows), block(width, most_columns)
     n_parts = triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns)
-    most_parts = max(1, MOST_PARTS[product] * 128 * 128 // (n_rows * n_columns))
-    group = next(size for size in range(min(most_parts, n_parts), 0, -1) if n_parts % size == 0)
     together = max(1, n_uses * n_parts * n_experts // FEWEST_PROGRAMS)
     n_sums = triton.cdiv(n_uses, together)
+    most_parts = MOST_PARTS["one" if n_uses == 1 else "together" if n_sums == 1 else "apart"]
+    most_parts = max(1, most_parts * 128 * 128 // (n_rows * n_columns))
+    group = next(size for size in range(min(most_parts, n_parts), 0, -1) if n_parts % size == 0)
     sums = out if n_sums == 1 else torch.empty(n_sums, *out.shape, dtype=torch.float32, device=out.device)
     _weight_gradient[(group, n_experts, n_parts // group * n_sums)](
         tuple(lefts), tuple(rights), gate, sums, tuple(slots), tuple(offsets), per_left or 1, per_right or 1,

@@ -46,36 +46,38 @@ def _count(
 
 
 @triton.jit
+def _later(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def _place(
-    index, keys, counts, ends, slots, position, n_slots, n_blocks,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    index, keys, counts, ends, slots, position, n_slots, n_groups, n_blocks,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Place of a slot: where its (group, block) starts, plus its rank among equals in the block.
 
     With PAIRS what is placed is, for each item, its slot with the lower expert.
 
-    The rank compares all pairs of a block. Keys hold group · BLOCK + i, so that one unsigned comparison says both
-    "same group" and "earlier". The compared slots run down the rows: a thread adds its own column, no exchange.
+    Keys hold group · BLOCK + i: sorted, equals lie together and in their order, so the rank is the way back to the
+    first of them.
     """
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    slot = b * BLOCK + i
-    mask = slot < n_slots
-    key = tl.load(keys + slot, mask=mask, other=0)
-    before = key - 1
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for at in range(0, BLOCK, STEP):
-        earlier = b * BLOCK + at + tl.arange(0, STEP)
-        other = tl.load(keys + earlier, mask=earlier < n_slots, other=-1)
-        distance = (before[None, :] - other[:, None]).to(tl.uint32, bitcast=True)
-        rank += tl.sum((distance < i.to(tl.uint32)[None, :]).to(tl.int32), 0)
-    cell = (key // BLOCK).to(tl.int64) * n_blocks + b
+    beyond = n_groups * BLOCK
+    key = tl.sort(tl.load(keys + b * BLOCK + i, mask=b * BLOCK + i < n_slots, other=beyond))
+    group = key // BLOCK
+    group_before = tl.gather(key, tl.maximum(i - 1, 0), 0) // BLOCK
+    first = tl.associative_scan(tl.where(group != group_before, i, 0), 0, _later)
+    slot = b * BLOCK + key % BLOCK
+    mask = group < n_groups
+    cell = group.to(tl.int64) * n_blocks + b
     start = tl.load(ends + cell, mask=mask, other=0) - tl.load(counts + cell, mask=mask, other=0)
-    place = start + rank
+    place = start + i - first
     if PAIRS:
-        first = tl.load(index + 2 * slot, mask=mask, other=0)
-        second = tl.load(index + 2 * slot + 1, mask=mask, other=0)
-        tl.store(slots + place, 2 * slot + (first > second).to(tl.int32), mask=mask)
+        one = tl.load(index + 2 * slot, mask=mask, other=0)
+        two = tl.load(index + 2 * slot + 1, mask=mask, other=0)
+        tl.store(slots + place, 2 * slot + (one > two).to(tl.int32), mask=mask)
     else:
         tl.store(slots + place, slot, mask=mask)
         tl.store(position + slot, place, mask=mask)
@@ -139,7 +141,7 @@ def _sort(
     index: Tensor, n_slots: int, n_local: int, n_groups: int, *, pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stable counting sort and the tile tables: (slots, position, offsets, tables in one)."""
-    block, step = (32, 16) if interpreted() else (256, 16)
+    block, entries = (32, 64) if interpreted() else (512, 16)
     groups, n_blocks = triton.next_power_of_2(n_groups + 1), max(1, triton.cdiv(n_slots, block))
     n_fine, n_coarse = n_tiles(n_slots, n_groups), n_tiles(n_slots, n_groups, CHUNK_ROWS)
 
@@ -153,12 +155,12 @@ def _sort(
     )
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
     _place[(n_blocks,)](
-        index, keys, counts, ends, slots, position, n_slots, n_blocks, pairs, block, step, num_warps=8
+        index, keys, counts, ends, slots, position, n_slots, n_groups, n_blocks, pairs, block, num_warps=4
     )
-    grid = (max(1, triton.cdiv(n_fine, 16) + triton.cdiv(n_coarse, 16)),)
+    grid = (max(1, triton.cdiv(n_fine, entries) + triton.cdiv(n_coarse, entries)),)
     _cut[grid](
         ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, TILE_ROWS, CHUNK_ROWS,
-        pairs, groups, 16, num_warps=4,
+        pairs, groups, entries, num_warps=4,
     )  # fmt: skip
     return slots, position, offsets, table
 
