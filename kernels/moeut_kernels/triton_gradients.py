@@ -14,7 +14,7 @@ from torch import Tensor
 from moeut_kernels.triton_rows import accumulate
 from moeut_kernels.triton_tiles import block, tile
 
-MOST_PARTS = {"one": 4, "apart": 8, "together": 12}
+MOST_PARTS = {"one": 8, "apart": 8, "together": 12}
 """Tiles of 128 x 128 of a matrix that run before the next expert, for one use, and for several that are added up by
 separate programs or by one: with fewer, ordered rows come from memory again, with more, gathered ones do."""
 
