@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moeut_compose.spec.recipe import AdamWSpec
+from moeut_compose.train import optim
 from moeut_compose.train.optim import build_optimizer, clip_gradients
 
 
@@ -32,3 +33,20 @@ def test_clipping(bound: float | None, expected: float) -> None:
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert clip_gradients([a, b], bound).item() == pytest.approx(5.0)
     assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_takes_parts_of_every_tensor_it_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch may rename what our AdamW overrides; then sharded steps would be right and slow."""
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(3)).sum().backward()
+    taken: list[torch.Size] = []
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        taken.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(optim, "own_part", noted)
+    build_optimizer(model, AdamWSpec()).step()
+    weights_gradients_and_moments = 4
+    assert taken.count(model.weight.shape) == weights_gradients_and_moments
+    assert taken.count(model.bias.shape) == weights_gradients_and_moments
