@@ -1,7 +1,7 @@
 """How long a whole training step takes: forward, backward, clipping, optimiser.
 
-The step is the one that `train` takes. Tokens are random and rotate over several batches. On CUDA events between steps
-are read when all are through, and the allocator's peak with them; elsewhere the wall clock serves.
+The step is the one that `train` takes. Tokens are random and rotate over several batches. On CUDA events serve,
+those of one candidate read when all its steps are through, and the allocator's peak; elsewhere the wall clock.
 """
 
 from __future__ import annotations
@@ -249,15 +249,16 @@ def _synchronize(device: torch.device) -> None:
 def _steps_in_a_row(
     trainer: Trainer, batches: list[torch.Tensor], steps: int, device: torch.device
 ) -> tuple[list[float], float]:
-    """Milliseconds of each step, and the loss of the last. As in training, the host waits for no step to end."""
+    """Milliseconds of each step, and the loss of the last. The host may run ahead, as it does in training."""
     if device.type != "cuda":
         timed = [_timed(partial(trainer.train_step, batches[i % N_BATCHES]), device) for i in range(steps)]
         return [elapsed for elapsed, _ in timed], float(timed[-1][1]["loss"])
+    stream = torch.cuda.current_stream(device)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
+    marks[0].record(stream)
     for index in range(steps):
         values = trainer.train_step(batches[index % N_BATCHES])
-        marks[index + 1].record()
+        marks[index + 1].record(stream)
     marks[-1].synchronize()
     return [begin.elapsed_time(end) for begin, end in pairwise(marks)], float(values["loss"])
 
@@ -270,9 +271,10 @@ def _timed(
         started = time.perf_counter()
         values = step()
         return 1e3 * (time.perf_counter() - started), values
+    stream = torch.cuda.current_stream(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+    begin.record(stream)
     values = step()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return begin.elapsed_time(end), values

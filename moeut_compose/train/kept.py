@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from moeut_compose.train.device import PrecisionName
     from moeut_compose.train.recompute import ActivationCheckpointing
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What autocast multiplies in; float32 goes without it."""
 _HEAD_ALIGNMENT = 8
 """Fused attention on CUDA pads heads to a multiple of this many channels."""
 
@@ -188,7 +189,7 @@ def _run(
         }
         trace = _Trace({_address(tensor) for tensor in weights.values()}, compiled=compiled)
         ids = torch.zeros(batch, context, dtype=torch.long)
-        dtype = _DTYPES.get(precision)
+        dtype = DTYPES.get(precision)
         with ExitStack() as stack:
             for module in model.modules():
                 if isinstance(module, Layer):

@@ -266,30 +266,36 @@ def optimizer_state(
     """The optimiser's tensors under parameter names; where they are split over processes, gathered if `keep` is set."""
     return {
         name: collect(optimizer.state[p], keep=keep)
-        for name, p in model.named_parameters()
+        for name, p in _updated_parameters(optimizer, model)
         if p in optimizer.state
     }
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """The reverse of `optimizer_state`. Raises ValueError unless moments have the shapes of their parameters."""
-    for name, p in model.named_parameters():
+    parameters = _updated_parameters(optimizer, model)
+    for name, p in parameters:
         shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
         moments = state.get(name, {})
         found = {key: value.shape for key, value in moments.items() if value.is_floating_point()}
         if moments and found != shapes:
             raise ValueError(f"the moments of {name} are not those of AdamW in its shape: {found}")
     current = optimizer.state_dict()
-    names = {id(p): name for name, p in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     current["state"] = {
         index: {
             key: like(value, p) if value.shape == p.shape else value for key, value in state[name].items()
         }
-        for index, p in enumerate(parameters)
-        if (name := names[id(p)]) in state
+        for index, (name, p) in enumerate(parameters)
+        if name in state
     }
     optimizer.load_state_dict(current)
+
+
+def _updated_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What the optimiser updates, in its order, by name; the model shows other tensors while it gathers split ones."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for name, _ in model.named_parameters()]
+    return list(zip(names, parameters, strict=True))
 
 
 def random_state_dict(device: torch.device) -> dict[str, Any]:

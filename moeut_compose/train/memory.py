@@ -1,7 +1,8 @@
 """How much memory a training step needs at its peak, worked out before anything is allocated.
 
-The peak lies in the backward pass, near its beginning: weights, optimiser state, everything that the forward pass kept,
-and what one layer's backward needs besides. `kept.py` says what that is, `workspace.py` what comes on top.
+The peak lies in the backward pass: at its beginning, when everything is there that the forward pass kept, or at the end
+of a stage that repeats, when rows of all uses wait for the gradients of its experts. `kept.py` says what is kept,
+`waiting.py` what waits, `workspace.py` what one layer's backward needs besides.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moeut_compose.spec.stages import schedule
-from moeut_compose.train.kept import trace_kept
+from moeut_compose.train.kept import DTYPES, trace_kept
+from moeut_compose.train.waiting import Waiting, trace_waiting
 from moeut_compose.train.workspace import backward_workspace, loss_workspace
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ class Activations:
     per_sequence: int
     gradients: tuple[int, ...] = ()
     """Bytes of the gradients that exist after each backward pass through a layer application, in backward order."""
+    workspace: int = 0
+    """The part of `per_sequence` that every layer application takes for a moment."""
+    waiting: tuple[int, ...] = ()
+    """Bytes for every sequence that wait after each layer application, in backward order; empty: nothing does."""
     by_mode: Mapping[ActivationCheckpointing, Activations] = field(default_factory=dict)
     """The same with activation checkpointing: layer applications keep little, and one after the other runs again."""
 
@@ -66,16 +72,22 @@ class Activations:
     def of(self, micro_batch: int) -> int:
         return self.fixed + self.per_sequence * micro_batch
 
+    def moments(self) -> list[int]:
+        """Bytes for every sequence: when none, one, two ... and when all applications are through."""
+        depth, kept = max(len(self.gradients), 1), self.per_sequence - self.workspace
+        waiting = (0, *(self.waiting or (0,) * depth))
+        during = [kept * (depth - done) // depth + self.workspace + waiting[done] for done in range(depth)]
+        return [*during, waiting[depth]]
+
+    def largest(self, micro_batch: int) -> int:
+        """The most that they take in a backward pass, whatever gradients there are."""
+        return self.fixed + max(self.moments()) * micro_batch
+
     def peak(self, micro_batch: int) -> int:
         """The most that activations and gradients take together in one backward pass that finds no gradients."""
-        whole, depth = self.per_sequence * micro_batch, len(self.gradients)
-        if not depth:
-            return self.fixed + whole
-        moments = [
-            whole * (depth - done) // depth + present
-            for done, present in enumerate((0, *self.gradients[:-1]))
-        ]
-        return self.fixed + max(moments)
+        gradients = (0, *self.gradients) if self.gradients else (0, 0)
+        moments = zip(self.moments(), gradients, strict=True)
+        return self.fixed + max(moment * micro_batch + present for moment, present in moments)
 
 
 def trace_activations(
@@ -93,11 +105,25 @@ def trace_activations(
     workspace = context * backward_workspace(spec, context, element, device_type=device_type)
     largest = max(largest, loss_workspace(spec, element, compiled=compiled))
 
-    def with_workspace(part: Kept, **by_mode: Any) -> Activations:
-        return Activations(part.fixed + largest, part.per_sequence + workspace, gradients, **by_mode)
+    nothing = Waiting(rows=(0,) * spec.depth, gradients=(0,) * spec.depth)
+    dtype = DTYPES.get(precision)
+    deferred = nothing if dtype is None else trace_waiting(spec, dtype)
 
-    by_mode = {mode: with_workspace(part) for mode, part in kept.checkpointed.items()}
-    return with_workspace(kept, by_mode=by_mode)
+    def together(part: Kept, waiting: Waiting, **by_mode: Any) -> Activations:
+        return Activations(
+            fixed=part.fixed + largest,
+            per_sequence=part.per_sequence + workspace,
+            gradients=tuple(all_ - later for all_, later in zip(gradients, waiting.gradients, strict=True)),
+            workspace=workspace,
+            waiting=tuple(context * rows for rows in waiting.rows),
+            **by_mode,
+        )
+
+    by_mode = {
+        mode: together(part, nothing if mode == "full" else deferred)
+        for mode, part in kept.checkpointed.items()
+    }
+    return together(kept, deferred, by_mode=by_mode)
 
 
 def _gradient_growth(spec: ModelSpec) -> tuple[tuple[int, ...], int]:
@@ -124,7 +150,7 @@ def estimate_memory(
     `accumulates`: gradients of an earlier micro-batch are there during the whole pass.
     """
     weights, gradients, optimizer = 4 * n_params, 4 * n_params, 8 * n_params
-    during = activations.of(micro_batch) + gradients if accumulates else activations.peak(micro_batch)
+    during = activations.largest(micro_batch) + gradients if accumulates else activations.peak(micro_batch)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -153,7 +179,7 @@ def choose_micro_batch(
         limit = min(limit, max(1, _CPU_TOKENS // context))
     if free is not None:
         room = free * _USABLE.get(device.type, 0.9) - 16 * n_params - activations.fixed
-        limit = min(limit, max(1, int(room // activations.per_sequence)))
+        limit = min(limit, max(1, int(room // max(activations.moments()))))
     divisor = max(size for size in range(1, limit + 1) if batch_size % size == 0)
     n_parts = -(-batch_size // limit)
     return divisor if 2 * divisor > limit else -(-batch_size // n_parts)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeut_compose.blocks.model import ModelOutput
+from moeut_compose.train.parallel import own_part
 
 
 def nonfinite_weight(model: nn.Module) -> str | None:
     """The name of the first weight that holds a NaN or an infinity, in the part of it that this process has."""
     named = list(model.named_parameters())
-    sound = torch.stack([_own_part(weight).isfinite().all() for _, weight in named]).tolist()
+    sound = torch.stack([own_part(weight).isfinite().all() for _, weight in named]).tolist()
     return next((name for (name, _), is_sound in zip(named, sound, strict=True) if not is_sound), None)
 
 
@@ -36,7 +37,7 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
 
     def watch_gradient(name: str) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
-            if not found and parameter.grad is not None and not _is_finite(_own_part(parameter.grad)):
+            if not found and parameter.grad is not None and not _is_finite(own_part(parameter.grad)):
                 found.append(f"gradient of {name}")
 
         return look
@@ -57,10 +58,6 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
         if isinstance(parameter, DTensor):
             watch_gradient(name)(parameter)
     return found[0] if found else None
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ class AdamW(torch.optim.AdamW):
     """AdamW that updates what this process holds of each weight.
 
     The update is elementwise, so parts need nothing of each other, and plain tensors cost the host less than split
-    ones: a third, at 220 weights.
+    ones.
     """
 
     def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> AdamW:
     )
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`; return the norm before.
 
@@ -48,8 +49,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     gradients = [p.grad for p in parameters if p.grad is not None]
     parts = [own_part(gradient) for gradient in gradients]
     norm = get_total_norm(parts)
-    if gradients:
-        norm = norm_of_whole(norm, gradients[0])
+    if not gradients:
+        return norm
+    norm = norm_of_whole(norm, gradients[0])
     if max_norm is not None:
         torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -96,7 +96,7 @@ class Shards(Engine):
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
-        for stage in model.stages:
+        for number, stage in enumerate(model.stages, start=1):
             assert isinstance(stage, Stage)
             if len(stage.schedule) > len(stage.layers):
                 fully_shard(stage, mesh=mesh, reshard_after_forward=False)
@@ -104,7 +104,7 @@ class Shards(Engine):
                 *units, last = _units(list(stage.layers))
                 for unit in units:
                     fully_shard(unit, mesh=mesh)
-                fully_shard(last, mesh=mesh, reshard_after_forward=False)
+                fully_shard(last, mesh=mesh, reshard_after_forward=number < len(model.stages))
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         super().__init__(model)
 
@@ -153,7 +153,10 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def norm_of_whole(norm_of_parts: Tensor, tensor: Tensor) -> Tensor:
-    """The L2 norm of tensors that are split as `tensor` is, from the norm of the parts that this process holds."""
+    """The L2 norm of tensors from the norm of the parts that this process holds.
+
+    All are split over the same processes, as `tensor` is, and no part is held twice.
+    """
     if not isinstance(tensor, DTensor):
         return norm_of_parts
     squares = DTensor.from_local(norm_of_parts.square(), tensor.device_mesh, [Partial()], run_check=False)

@@ -85,8 +85,9 @@ def train(
         values = trainer.train_step(batch[world.rank * own : (world.rank + 1) * own])
         losses.append(torch.stack([values["loss"], values["grad_norm"]]))
     found = measure_perplexity(model, Numbers(7), context=16, batch_size=2, world=world)
+    moments = trainer.state_dict()["optimizer"]  # while evaluation has left weights in one piece
     weights = collect(weights_of(model), keep=True) | {
-        f"optimizer.{k}.{j}": v for k, s in trainer.state_dict()["optimizer"].items() for j, v in s.items()
+        f"optimizer.{k}.{j}": v for k, s in moments.items() for j, v in s.items()
     }
     weights["losses"] = torch.stack(losses)
     weights["perplexity"] = torch.tensor(

@@ -35,6 +35,10 @@ def test_clipping(bound: float | None, expected: float) -> None:
     assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_without_gradients_there_is_nothing_to_clip() -> None:
+    assert clip_gradients([nn.Parameter(torch.ones(2))], 1.0).item() == 0.0
+
+
 def test_a_step_takes_parts_of_every_tensor_it_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch may rename what our AdamW overrides; then sharded steps would be right and slow."""
     model = torch.nn.Linear(3, 2)
