@@ -39,7 +39,7 @@ def trace_waiting(spec: ModelSpec, dtype: torch.dtype) -> Waiting:
             held += of_call.get(member, 0)
             reached.add(member)
             rows.append(held)
-            gradients.append(sum(experts.get(member, 0) for member in reached))
+            gradients.append(sum(experts.get(each, 0) for each in reached))
         gradients[-1] = 0
     return Waiting(tuple(rows), tuple(gradients))
 

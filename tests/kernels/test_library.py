@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.op_names import OPS
 
 
-def arguments(cases, op, dtype=torch.float32, activation="relu"):
+def arguments(cases, op, dtype=torch.float32, activation="relu", save=True):
     case = cases.make(op, n_groups=1 if op == "feedforward" else 2, biased=True, activation=activation)
     o = cases.leaves(case.operands, dtype=dtype)
     plan = mk.plan(case.index, case.n_experts)
@@ -26,12 +26,12 @@ def arguments(cases, op, dtype=torch.float32, activation="relu"):
             o["b_down"],
             *plan.tensors,
             activation,
-            True,
+            save,
             "torch",
             [],
             torch.randn_like(o["x"][:, :1]).expand(-1, o["w_down"].shape[2]).contiguous(),
         )
-    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, True, "torch", []
+    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, save, "torch", []
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -105,23 +105,5 @@ def test_traces_as_one_node(cases, op):
 
 
 def test_saves_nothing_without_gradients(cases):
-    case = cases.make("feedforward")
-    plan = mk.plan(case.index, case.n_experts)
-    o = case.operands
-    kept = torch.ops.moeut.expert_feedforward(
-        o["x"],
-        o["w_up"],
-        o["w_down"],
-        None,
-        None,
-        o["gate"],
-        None,
-        None,
-        *plan.tensors,
-        "relu",
-        False,
-        "torch",
-        [],
-        None,
-    )[1:]
+    kept = torch.ops.moeut.expert_feedforward(*arguments(cases, "feedforward", save=False))[1:]
     assert all(t.numel() == 0 for t in kept)

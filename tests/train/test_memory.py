@@ -45,7 +45,8 @@ MEASURED = [
     ("dense_1b", [], "compiled, graph", "none", 60.91),
     ("moeut_1b", [], "compiled, graph", "none", 57.76),
 ]
-"""GiB at the peak of a step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md."""
+"""GiB at the peak of a step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md, which also says why the
+estimate of moeut_44m is further off."""
 
 
 def really_saved(
