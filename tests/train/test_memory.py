@@ -33,6 +33,7 @@ TINY = [found.name for found in list_specs("architectures") if found.name.endswi
 WIDE = ["stages.0.layers.0.feedforward.d_ff=4096"]
 MEASURED = [
     ("dense_44m", [], "compiled, graph", "none", 8.23),
+    ("moeut_44m", [], "compiled, graph", "none", 9.02),
     ("dense_244m", WIDE, "compiled, graph", "none", 20.15),
     ("dense_244m", WIDE, "compiled", "none", 21.89),
     ("moeut_244m", [], "compiled, graph", "none", 19.21),
@@ -45,8 +46,9 @@ MEASURED = [
     ("dense_1b", [], "compiled, graph", "none", 60.91),
     ("moeut_1b", [], "compiled, graph", "none", 57.76),
 ]
-"""GiB at the peak of a step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md, which also says why the
-estimate of moeut_44m is further off."""
+"""GiB at the peak of a step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md."""
+WITHIN = {"moeut_44m": 0.1}
+"""Relative error where it is not 5 %: padded copies of what odd widths read are not in the estimate."""
 
 
 def really_saved(
@@ -140,7 +142,7 @@ def test_the_estimate_of_a_step_is_near_the_measured_peak(
     activations = trace_activations(spec, 1024, "bf16", device_type="cuda", compiled=how != "eager")
     estimate = estimate_memory(spec.num_params(), activations.checkpointed(mode), 32)
     counted = estimate.peak - (estimate.optimizer if "graph" in how else 0)
-    assert counted / 2**30 == pytest.approx(gib, rel=0.05)
+    assert counted / 2**30 == pytest.approx(gib, rel=WITHIN.get(name, 0.05))
 
 
 @pytest.mark.parametrize("name", ["moeut_tiny", "sut_tiny", "moeut_tiny_aabb", "dense_tiny"])
