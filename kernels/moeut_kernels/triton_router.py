@@ -10,6 +10,9 @@ from torch import Tensor
 
 from moeut_kernels.triton_tiles import interpreted
 
+FEWEST_IN_PARTS = 64
+"""Fewer columns than this are sorted at once."""
+
 LOWEST = tl.constexpr(-3e38)
 """Stands for a logit that is none: nothing is left of it in a softmax, and a row of it alone has no NaN."""
 
@@ -26,41 +29,55 @@ def _logits(at, mask):
 
 
 @triton.jit
-def _choose(
-    logits, index, gate, n_rows, n_heads, stride_token, stride_head, n_experts, top_k,
-    SOFTMAX: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Largest logits of each row by sorting unique keys: the ordered bits of the value above the reversed column.
+def _keys(
+    logits, starts, here, first, n_experts, HALF: tl.constexpr, COLUMNS: tl.constexpr, RANGE: tl.constexpr
+):
+    """Unique keys of COLUMNS columns from `first` on: the ordered bits of the value above the reversed column.
 
     A column that is none comes after every value, NaN included, if only by its number: what is chosen always exists.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    column = first + tl.arange(0, COLUMNS)
+    exists = (column < n_experts)[None, :]
     value = tl.load(
-        logits + _starts(row, n_heads, stride_token, stride_head)[:, None] + column[None, :],
-        mask=(row < n_rows)[:, None] & (column < n_experts)[None, :],
-        other=-float("inf"),
+        logits + starts[:, None] + column[None, :], mask=here[:, None] & exists, other=-float("inf")
     )
-    k = tl.arange(0, CHOSEN)
     if HALF:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-        ordered = tl.where((column < n_experts)[None, :], tl.where(bits < 0, bits ^ 0x7FFF, bits), -32768)
-        key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
+        ordered = tl.where(exists, tl.where(bits < 0, bits ^ 0x7FFF, bits), -32768)
     else:
         bits = value.to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        ordered = tl.where((column < n_experts)[None, :], ordered, -2147483648)
-        key = ordered * COLUMNS + (COLUMNS - 1 - column)[None, :]
-    top = tl.topk(key, CHOSEN)
-    chosen = COLUMNS - 1 - (top & (COLUMNS - 1)).to(tl.int32)
+        ordered = tl.where(exists, ordered, -2147483648)
+    return ordered * RANGE + (RANGE - 1 - column)[None, :]
+
+
+@triton.jit
+def _choose(
+    logits, index, gate, n_rows, n_heads, stride_token, stride_head, n_experts, top_k,
+    SOFTMAX: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, RANGE: tl.constexpr, CHOSEN: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Largest logits of each row by sorting keys: those of the first columns, then what is left with the next ones.
+
+    PARTS: how many columns are sorted at a time, powers of two from CHOSEN up.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here, k = row < n_rows, tl.arange(0, CHOSEN)
+    starts = _starts(row, n_heads, stride_token, stride_head)
+    top = tl.topk(_keys(logits, starts, here, 0, n_experts, HALF, PARTS[0], RANGE), CHOSEN)
+    first = PARTS[0]
+    for part in tl.static_range(1, len(PARTS)):
+        more = tl.topk(_keys(logits, starts, here, first, n_experts, HALF, PARTS[part], RANGE), CHOSEN)
+        top = tl.topk(tl.join(top, more).reshape(ROWS, 2 * CHOSEN), CHOSEN)
+        first += PARTS[part]
+    chosen = RANGE - 1 - (top & (RANGE - 1)).to(tl.int32)
+    high = (top - (top & (RANGE - 1))) // RANGE
     if HALF:
-        high = (top - (top & (COLUMNS - 1))) // COLUMNS
-        score = (
-            tl.where(high < 0, high ^ 0x7FFF, high).to(tl.int16).to(value.dtype, bitcast=True).to(tl.float32)
-        )
+        score = tl.where(high < 0, high ^ 0x7FFF, high).to(tl.int16).to(logits.dtype.element_ty, bitcast=True)
     else:
-        high = ((top - (top & (COLUMNS - 1))) // COLUMNS).to(tl.int32)
+        high = high.to(tl.int32)
         score = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)
+    score = score.to(tl.float32)
     mask = (row < n_rows)[:, None] & (k < top_k)[None, :]
     if SOFTMAX:
         score = tl.where(mask, score, -1e38)
@@ -150,17 +167,29 @@ def _rows_at_once(columns: int) -> int:
     return 8 if interpreted() else min(64, max(1, 1024 // columns))
 
 
+def _columns(n_experts: int) -> int:
+    return max(2, triton.next_power_of_2(n_experts))
+
+
+def _parts(n_experts: int, fewest: int) -> tuple[int, ...]:
+    """Powers of two, none below `fewest`, that hold all experts: 565 in 512 + 64 columns, 387 in 256 + 128 + 16."""
+    whole = max(fewest, _columns(n_experts))
+    if whole < FEWEST_IN_PARTS or whole == fewest or 5 * n_experts > 4 * whole:
+        return (whole,)
+    return whole // 2, *_parts(n_experts - whole // 2, fewest)
+
+
 def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """Of logits [N, H, E']: index int64 [N, H, K] and gate float32 [N, H, K]."""
     n_tokens, n_heads, _ = logits.shape
     index = torch.empty(n_tokens, n_heads, top_k, dtype=torch.int64, device=logits.device)
     gate = torch.empty(n_tokens, n_heads, top_k, dtype=torch.float32, device=logits.device)
-    columns, n_rows = max(2, triton.next_power_of_2(n_experts)), n_tokens * n_heads
+    n_rows, columns, chosen = n_tokens * n_heads, _columns(n_experts), triton.next_power_of_2(top_k)
     rows = _rows_at_once(columns)
     if n_rows:
         _choose[(triton.cdiv(n_rows, rows),)](
             logits, index, gate, n_rows, n_heads, logits.stride(0), logits.stride(1), n_experts, top_k,
-            softmax, logits.dtype.itemsize == 2, columns, triton.next_power_of_2(top_k), rows, num_warps=1,
+            softmax, logits.dtype.itemsize == 2, _parts(n_experts, chosen), columns, chosen, rows, num_warps=1,
         )  # fmt: skip
     return index, gate
 
@@ -168,7 +197,7 @@ def choose(logits: Tensor, top_k: int, n_experts: int, softmax: bool) -> tuple[T
 def usage(logits: Tensor, n_sequences: int, n_experts: int) -> Tensor:
     """Of logits [N, H, E']: softmax over the first `n_experts` columns, summed by sequence, float32 [B, H, E]."""
     n_tokens, n_heads = logits.shape[0] // max(1, n_sequences), logits.shape[1]
-    heads, columns = triton.next_power_of_2(n_heads), max(2, triton.next_power_of_2(n_experts))
+    heads, columns = triton.next_power_of_2(n_heads), _columns(n_experts)
     rows = 4 if interpreted() else max(1, 2048 // (heads * columns))
     steps = 2 if interpreted() else triton.cdiv(32, rows)
     n_blocks = triton.cdiv(n_tokens, rows * steps)
