@@ -29,9 +29,10 @@ class Plan:
     index: [N, H, K] chosen experts. slots: int32 [S], slots in expert order, stable. position: int32 [S], the inverse:
     where a slot lies in expert order. offsets: int32 [E + 1], first row of each expert. The rest serves Triton and is
     empty elsewhere: tiles: int32 [T, 4], two tables of row tiles (expert twice or -1, first row, end of the expert), of
-    128 and of 2048 rows. low_slots: int32 [N·H], where K = 2: of every (token, group) item, ordered by pair of experts,
-    the slot with the lower expert; the other differs in the last bit. pair_tiles: int32 [T', 4], the same two tables
-    for the pairs (lower and higher expert, first item, end of the pair).
+    128 rows (where experts have many: all their earlier halves before the later ones) and of 2048. low_slots: int32
+    [N·H], where K = 2: of every (token, group) item, ordered by pair of experts, the slot with the lower expert; the
+    other differs in the last bit. pair_tiles: int32 [T', 4], the same two tables for pairs (lower and higher expert,
+    first item, end of the pair).
     """
 
     index: Tensor

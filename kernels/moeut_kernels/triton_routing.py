@@ -12,6 +12,10 @@ from torch import Tensor
 from moeut_kernels.plan import CHUNK_ROWS, TILE_ROWS, n_tiles
 from moeut_kernels.triton_tiles import interpreted
 
+HALVES_FROM = 4
+"""With this many full tiles an expert on average, tiles come in two halves, early tokens first: rows that experts
+gather then come from the cache more often, and each expert's weights are read twice instead of once."""
+
 
 @triton.jit
 def _first_pair(low, n_local):
@@ -103,11 +107,12 @@ def _experts_of(group, n_local, PAIRS: tl.constexpr):
 @triton.jit
 def _cut(
     ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, fine_rows, coarse_rows,
-    PAIRS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Cut every group into tiles: lower and higher expert (-1: unused), first row, end of the group.
 
-    n_fine entries of tiles of fine_rows rows, then n_coarse entries of tiles of coarse_rows.
+    n_fine entries of tiles of fine_rows rows, then n_coarse entries of tiles of coarse_rows. HALVES: of the fine tiles
+    first the earlier half of every group, then the later halves.
     """
     g = tl.arange(0, GROUPS)
     here = g < n_groups
@@ -123,11 +128,17 @@ def _cut(
     t = (tl.program_id(0) - tl.where(fine, 0, fine_blocks)) * BLOCK + tl.arange(0, BLOCK)
     entry = table + 4 * (tl.where(fine, 0, n_fine) + t)
     count = tl.where(here, (end - start + rows - 1) // rows, 0)
-    last = tl.cumsum(count, 0)
-    owner = tl.sum(((last[None, :] <= t[:, None]) & here[None, :]).to(tl.int32), 1)
+    early = tl.where(HALVES & fine, (count + 1) // 2, count)
+    n_early = tl.sum(early)
+    late = t >= n_early
+    early_last, late_last = tl.cumsum(early, 0), tl.cumsum(count - early, 0)
+    place = tl.where(late, t - n_early, t)
+    last = tl.where(late[:, None], late_last[None, :], early_last[None, :])
+    owner = tl.sum(((last <= place[:, None]) & here[None, :]).to(tl.int32), 1)
     mine = g[None, :] == owner[:, None]
-    first = tl.sum(tl.where(mine, (last - count)[None, :], 0), 1)
-    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + (t - first) * rows
+    skipped = tl.where(late[:, None], (late_last - count)[None, :], (early_last - early)[None, :])
+    tile = place - tl.sum(tl.where(mine, skipped, 0), 1)
+    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + tile * rows
     stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
     used, mask = owner < n_groups, t < n_entries
     low, high = _experts_of(owner, n_local, PAIRS)
@@ -160,7 +171,7 @@ def _sort(
     grid = (max(1, triton.cdiv(n_fine, entries) + triton.cdiv(n_coarse, entries)),)
     _cut[grid](
         ends, offsets, table, n_local, n_groups, n_blocks, n_fine, n_coarse, TILE_ROWS, CHUNK_ROWS,
-        pairs, groups, entries, num_warps=4,
+        pairs, not pairs and n_slots >= HALVES_FROM * TILE_ROWS * n_groups, groups, entries, num_warps=4,
     )  # fmt: skip
     return slots, position, offsets, table
 

@@ -23,11 +23,19 @@ def test_plan_equals_the_definition(n_experts, shape):
         assert torch.equal(getattr(ours, name).cpu(), getattr(plain, name)), name
 
 
-def test_tile_tables_cover_every_row_once():
-    index = torch.randint(0, 5, (900, 1, 3))
+@pytest.mark.parametrize("n_tokens", [300, 900])
+def test_tile_tables_cover_every_row_once(n_tokens):
+    """Where experts have many tiles, their earlier halves come first."""
+    index = torch.randint(0, 5, (n_tokens, 1, 3))
     index[index == 2] = 4
     plan = mk.plan(index.to(DEVICE), 5)
     offsets, n_fine = plan.offsets.tolist(), index.numel() // 128 + 5
+    fine = [tuple(entry) for entry in plan.tiles[:n_fine].tolist() if entry[0] >= 0]
+    tiles = [[entry for entry in fine if entry[0] == expert] for expert in range(5)]
+    early = [half for of_expert in tiles for half in of_expert[: -(-len(of_expert) // 2)]]
+    assert fine == (
+        early + [entry for entry in fine if entry not in early] if n_tokens > 800 else sorted(fine)
+    )
     for table, rows in ((plan.tiles[:n_fine], 128), (plan.tiles[n_fine:], 2048)):
         seen = torch.zeros(index.numel(), dtype=torch.int64)
         for expert, _, first, stop in table.tolist():
@@ -40,7 +48,9 @@ def test_tile_tables_cover_every_row_once():
 
 @pytest.mark.parametrize("choose", [mk.topk_sigmoid, mk.topk_softmax])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("top_k", "n_experts", "width"), [(1, 1, 8), (3, 11, 16), (16, 37, 40), (5, 5, 5)])
+@pytest.mark.parametrize(
+    ("top_k", "n_experts", "width"), [(1, 1, 8), (3, 11, 16), (16, 37, 40), (5, 5, 5), (13, 97, 104)]
+)
 def test_topk(choose, dtype, top_k, n_experts, width):
     """Same choice and gates as PyTorch, ties to the lower expert; gradients too."""
     logits = torch.randn(7, 2, width, dtype=torch.float64).to(dtype)
