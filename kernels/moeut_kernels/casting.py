@@ -34,11 +34,13 @@ def cast_weights(*weights: Tensor, dtype: torch.dtype, padded: bool = False) -> 
     if not padded:
         return tuple(copies)
     return tuple(
-        copy
-        if weight.dtype == dtype
-        else pad(copy, (0, -copy.shape[2] % ALIGNMENT, 0, -copy.shape[1] % ALIGNMENT))
-        for weight, copy in zip(weights, copies, strict=True)
+        copy if weight.dtype == dtype else _padded(copy) for weight, copy in zip(weights, copies, strict=True)
     )
+
+
+def _padded(copy: Tensor) -> Tensor:
+    rows, columns = -copy.shape[1] % ALIGNMENT, -copy.shape[2] % ALIGNMENT
+    return pad(copy, (0, columns, 0, rows)) if rows or columns else copy  # a pad by nothing copies, too
 
 
 def copy_for(weight: Tensor, cast: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | None:
