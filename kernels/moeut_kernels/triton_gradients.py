@@ -21,6 +21,9 @@ separate programs or by one: with fewer, ordered rows come from memory again, wi
 FEWEST_PROGRAMS = 2048
 """With fewer programs than this, uses are added up by separate ones."""
 
+FEWEST_TOGETHER = 4
+"""Uses that one program adds up at least: four, four and one of nine leave short programs to fill the end."""
+
 
 @triton.jit
 def _weight_gradient(
@@ -99,7 +102,7 @@ def weight_gradient(
     most_rows, most_columns = (t.rows, t.columns) if height >= width else (t.columns, t.rows)
     n_rows, n_columns = block(height, most_rows), block(width, most_columns)
     n_parts = triton.cdiv(height, n_rows) * triton.cdiv(width, n_columns)
-    together = max(1, n_uses * n_parts * n_experts // FEWEST_PROGRAMS)
+    together = max(FEWEST_TOGETHER, n_uses * n_parts * n_experts // FEWEST_PROGRAMS)
     n_sums = triton.cdiv(n_uses, together)
     most_parts = MOST_PARTS["one" if n_uses == 1 else "together" if n_sums == 1 else "apart"]
     most_parts = max(1, most_parts * 128 * 128 // (n_rows * n_columns))
@@ -111,4 +114,6 @@ def weight_gradient(
         per_left is not None, per_right is not None, gate is not None, swapped,
         n_uses, min(together, n_uses), group, n_parts // group, n_rows, n_columns, t.depth, **t.launch,
     )  # fmt: skip
-    return out if n_sums == 1 else out.copy_(sums.sum(0))
+    if n_sums == 1:
+        return out
+    return torch.sum(sums, 0, out=out) if out.dtype == sums.dtype else out.copy_(sums.sum(0))

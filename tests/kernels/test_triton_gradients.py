@@ -42,7 +42,7 @@ def expected(uses, sides, gated: bool, n_experts: int):
     return total
 
 
-@pytest.mark.parametrize("fewest_programs", [1, 2048], ids=["together", "apart"])
+@pytest.mark.parametrize("fewest", [(1, 4), (2048, 2)], ids=["together", "apart"])
 @pytest.mark.parametrize("sides", SIDES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -55,10 +55,11 @@ def expected(uses, sides, gated: bool, n_experts: int):
         ([0, 0], 2),
     ],
 )
-def test_sums_of_outer_products(cases, monkeypatch, counts, n_uses, dtype, sides, fewest_programs):
+def test_sums_of_outer_products(cases, monkeypatch, counts, n_uses, dtype, sides, fewest):
     from moeut_kernels import triton_gradients
 
-    monkeypatch.setattr(triton_gradients, "FEWEST_PROGRAMS", fewest_programs)
+    monkeypatch.setattr(triton_gradients, "FEWEST_PROGRAMS", fewest[0])
+    monkeypatch.setattr(triton_gradients, "FEWEST_TOGETHER", fewest[1])
     uses = [
         make_use([counts[i - use] for i in range(len(counts))], sides, 37, 21, dtype) for use in range(n_uses)
     ]
