@@ -29,9 +29,16 @@ def execution_modes(recipe: RecipeSpec) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)
+            # PyTorch would fill fresh memory, in case something reads what nobody wrote; no kernel of ours does.
+            stack.callback(_fill_fresh_memory, torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
+            _fill_fresh_memory(False)
         if recipe.compile is True:
             stack.enter_context(uncut_layers())
         yield
+
+
+def _fill_fresh_memory(fill: bool) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def uncut_layers() -> AbstractContextManager[None]:
