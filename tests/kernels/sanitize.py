@@ -1,9 +1,10 @@
-"""Runs the cases of `test_sanitizer_cases.py` under compute-sanitizer: memory errors, then races in shared memory.
+"""Runs the cases of `test_sanitizer_cases.py` under compute-sanitizer: memory errors, races in shared memory, reads of
+what was never written.
 
     python tests/kernels/sanitize.py [pytest options]
 
 compute-sanitizer is looked for in COMPUTE_SANITIZER, on the PATH, in CUDA_HOME, and in the package
-nvidia-cuda-sanitizer-api. Exit code 0: both tools found nothing; 1: one of them did, or a test failed; 2: not run.
+nvidia-cuda-sanitizer-api. Exit code 0: no tool found anything; 1: one did, or a test failed; 2: not run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ TOOLS = {
     # that is read beyond its end may belong to the next allocation.
     "memcheck": ["--report-api-errors", "no", "--padding", "512"],
     "racecheck": [],
+    "initcheck": [],
 }
 
 

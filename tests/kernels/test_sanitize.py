@@ -1,4 +1,4 @@
-"""`sanitize.py` runs both tools, and only silence of both is a success."""
+"""`sanitize.py` runs all tools, and only silence of all is a success."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels import sanitize
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What a run under each tool returns; a run takes its number away."""
-    codes: dict[str, int] = {"nothing": 0, "memcheck": 0, "racecheck": 0}
+    codes: dict[str, int] = {"nothing": 0, "memcheck": 0, "racecheck": 0, "initcheck": 0}
 
     def run(line: list[str], *, env: dict[str, str], cwd: Path, check: bool) -> SimpleNamespace:
         assert env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
@@ -32,13 +32,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({}, 0, "under racecheck: clean"),
+        ({}, 0, "under initcheck: clean"),
         ({"memcheck": sanitize.FOUND}, 1, "under memcheck: errors found"),
         ({"racecheck": sanitize.FOUND}, 1, "under memcheck: clean\nunder racecheck: errors found"),
         ({"racecheck": 255}, 1, "under racecheck: failed (255)"),
+        ({"initcheck": sanitize.FOUND}, 1, "under initcheck: errors found"),
     ],
 )
-def test_both_tools_run_to_their_end(
+def test_all_tools_run_to_their_end(
     runs: dict[str, int], capsys: pytest.CaptureFixture[str], changes: dict, code: int, said: str
 ) -> None:
     runs.update(changes)
@@ -50,7 +51,7 @@ def test_both_tools_run_to_their_end(
 def test_tests_that_fail_without_a_tool_are_not_watched(runs: dict[str, int]) -> None:
     runs["nothing"] = 1
     assert sanitize.main([]) == 1
-    assert set(runs) == {"memcheck", "racecheck"}
+    assert set(runs) == set(sanitize.TOOLS)
 
 
 def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
