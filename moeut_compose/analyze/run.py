@@ -124,7 +124,7 @@ def _find_text(
     """The text to read, and what it is called."""
     if text_file is None:
         with suppress(DataError):
-            stored = open_tokens(run.path / VALIDATION)
+            stored = open_tokens(run.path / VALIDATION, vocabulary.tokenizer)
             stored.check(run.spec.vocab_size)
             if stored.n_windows(run.context) >= (windows or 1):
                 return stored, "held-out text of the run"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import sentencepiece
 
 from moeut_compose.data.errors import DataError
@@ -76,6 +78,17 @@ class Tokenizer:
         return {
             name: (self._processor.id_to_piece(index), index) for name, index in ids.items() if index >= 0
         }
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """`[V]` UTF-8 bytes of the text of each piece: one for a byte or what is unknown, none for control pieces."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for index in range(self.vocab_size):
+            if self._processor.is_byte(index) or self._processor.is_unknown(index):
+                lengths[index] = 1
+            elif not self._processor.is_control(index):
+                lengths[index] = len(self._processor.id_to_piece(index).replace("▁", " ").encode())
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         """Ids of one document."""

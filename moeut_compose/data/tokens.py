@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from moeut_compose.progress import Reporter
 
 _DTYPES = ("<u2", "<i4")
+_BLOCK = 1 << 22
+"""Ids that are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class TokenFile:
 
     ids: np.ndarray
     index: TokenIndex
+    byte_lengths: np.ndarray | None = None
+    """`[V]` UTF-8 bytes of the text of each piece, see `Tokenizer.byte_lengths`."""
 
     def n_windows(self, context: int) -> int:
         """Windows of `context` inputs and as many targets; neighbours share one token."""
@@ -62,6 +67,25 @@ class TokenFile:
         """Windows by number: `[n, context + 1]` int64, inputs `[:, :-1]` and targets `[:, 1:]`."""
         rows = [self.ids[index * context : index * context + context + 1] for index in indices]
         return np.stack(rows).astype(np.int64)
+
+    def n_bytes(self, first: int, end: int) -> float:
+        """UTF-8 bytes of the text behind ids `[first, end)`.
+
+        By the bytes of their pieces, times what all pieces miss of all text: normalisation drops and adds some. Without
+        `byte_lengths`, in proportion to their number.
+        """
+        if self.byte_lengths is None:
+            return self.index.n_bytes * (end - first) / max(1, self.index.n_tokens)
+        return self._bytes_of_pieces(first, end) * self._bytes_per_byte_of_pieces
+
+    @cached_property
+    def _bytes_per_byte_of_pieces(self) -> float:
+        return self.index.n_bytes / max(1, self._bytes_of_pieces(0, self.index.n_tokens))
+
+    def _bytes_of_pieces(self, first: int, end: int) -> int:
+        assert self.byte_lengths is not None
+        blocks = (self.ids[at : min(at + _BLOCK, end)] for at in range(first, end, _BLOCK))
+        return sum(int(self.byte_lengths[block].sum()) for block in blocks)
 
     def check(self, vocab_size: int) -> None:
         """Raises `DataError` for ids outside a vocabulary, or text without bytes. Reads all of it."""
@@ -78,8 +102,8 @@ def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
     return windows[:, :-1], windows[:, 1:]
 
 
-def open_tokens(folder: Path) -> TokenFile:
-    """Map a token file. Raises `DataError` if it is not whole."""
+def open_tokens(folder: Path, tokenizer: Tokenizer | None = None) -> TokenFile:
+    """Map a token file; with its tokenizer, parts of it know their bytes. Raises `DataError` if it is not whole."""
     try:
         index = TokenIndex(**json.loads(read_plain(folder / "index.json")))
         size = (folder / "tokens.bin").stat().st_size
@@ -90,9 +114,10 @@ def open_tokens(folder: Path) -> TokenFile:
         raise DataError(f"{folder} is not a token file: {error}") from error
     if size != index.n_tokens * np.dtype(index.dtype).itemsize:
         raise DataError(f"{folder}/tokens.bin has {size} bytes, but its index says {index.n_tokens} tokens")
+    byte_lengths = None if tokenizer is None else tokenizer.byte_lengths
     if index.n_tokens == 0:
-        return TokenFile(np.empty(0, dtype=index.dtype), index)
-    return TokenFile(np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r"), index)
+        return TokenFile(np.empty(0, dtype=index.dtype), index, byte_lengths)
+    return TokenFile(np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r"), index, byte_lengths)
 
 
 def token_key(
@@ -132,7 +157,7 @@ def prepare_tokens(
             reporter=reporter,
         )
     try:
-        return open_tokens(folder)
+        return open_tokens(folder, tokenizer)
     except DataError as error:
         raise DataError(f"{error}; delete that folder to make it again") from error
 
@@ -193,13 +218,13 @@ def _publish(temporary: Path, folder: Path, index: TokenIndex) -> None:
 
 
 def save_head(tokens: TokenFile, folder: Path, n_tokens: int | None) -> None:
-    """Copy the first `n_tokens` ids of a token file into a new one, with their share of its byte count."""
+    """Copy the first `n_tokens` ids of a token file into a new one, with their own bytes."""
     count = tokens.index.n_tokens if n_tokens is None else min(n_tokens, tokens.index.n_tokens)
     share = count / max(1, tokens.index.n_tokens)
     index = TokenIndex(
         n_tokens=count,
         n_documents=round(tokens.index.n_documents * share),
-        n_bytes=round(tokens.index.n_bytes * share),
+        n_bytes=round(tokens.n_bytes(0, count)),
         dtype=tokens.index.dtype,
     )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -15,7 +15,7 @@ import torch
 from moeut_compose.blocks.cross_entropy import IGNORED
 from moeut_compose.data.errors import DataError
 from moeut_compose.data.prepare import prepare_validation
-from moeut_compose.data.tokens import inputs_and_targets, open_tokens
+from moeut_compose.data.tokens import TokenFile, inputs_and_targets, open_tokens
 from moeut_compose.progress import SilentReporter
 from moeut_compose.world import World
 
@@ -61,7 +61,7 @@ def measure_perplexity(
     """Perplexity of a model over the first `windows` windows of a text (none: all).
 
     The processes of `world` take a batch each in turn. `between` is called after each round of batches with its
-    number of windows. Bytes are counted in proportion to tokens.
+    number of windows.
     """
     world = world or World()
     device = next(model.parameters()).device
@@ -88,7 +88,7 @@ def measure_perplexity(
     nats, n_targets = world.sum({"sums": sums})["sums"].tolist()
     n_tokens = int(n_targets)
     mean = nats / n_tokens
-    n_bytes = n_tokens * text.index.n_bytes / text.index.n_tokens
+    n_bytes = text.n_bytes(1, 1 + count * context) if isinstance(text, TokenFile) else n_tokens
     return Perplexity(
         cross_entropy=mean,
         perplexity=math.inf if mean >= 700 else math.exp(mean),
@@ -137,7 +137,7 @@ def held_out_text(
 def _stored_text(run: Run, windows: int | None) -> Windows | None:
     """The held-out text in the run folder, if it has all the windows that are asked for."""
     try:
-        text = open_tokens(run.path / "validation")
+        text = open_tokens(run.path / "validation", run.tokenizer)
         text.check(run.spec.vocab_size)
     except DataError:
         return None

@@ -107,6 +107,21 @@ def test_the_head_of_a_file(tokenizer: Tokenizer, documents: list[str], tmp_path
     assert head.index.n_bytes == pytest.approx(whole.index.n_bytes * 300 / whole.index.n_tokens, abs=1)
 
 
+def test_bytes_are_those_of_the_text_that_is_asked_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Half of the text has longer words: an average over all of it would be wrong for either half."""
+    texts = ["a b c d e f g h " * 40, "the of and the of and to " * 40]
+    write_tokens(tmp_path / "all", [at_hand(*texts)], tokenizer)
+    whole = open_tokens(tmp_path / "all", tokenizer)
+    border = len(tokenizer.encode(texts[0]))
+    first, second = whole.n_bytes(0, border), whole.n_bytes(border, whole.index.n_tokens)
+    assert first + second == pytest.approx(whole.index.n_bytes)
+    assert first == pytest.approx(len(texts[0].encode()), rel=0.02)
+    save_head(whole, tmp_path / "head", border)
+    assert open_tokens(tmp_path / "head").index.n_bytes == round(first)
+    blind = open_tokens(tmp_path / "all")
+    assert abs(blind.n_bytes(0, border) / first - 1) > 0.1
+
+
 def recipe(jsonl: Path, **changes) -> RecipeSpec:
     data = JsonlData(files=[str(jsonl)], validation_fraction=0.1)
     return RecipeSpec(name="test", steps=1, data=data, **changes)
