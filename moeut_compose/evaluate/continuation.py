@@ -49,8 +49,9 @@ class Continuation:
             )
         sampling: dict[str, Any] = {}
         if settings.get("do_sample"):
-            sampling = {name: settings.get(name) for name in ("top_k", "top_p")}
-            sampling["temperature"] = float(settings.get("temperature", 1.0))
+            sampling = {"top_k": settings.get("top_k") or None, "top_p": settings.get("top_p")}
+            given = settings.get("temperature")
+            sampling["temperature"] = 1.0 if given is None else float(given)
         return cls(
             until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
             max_new_tokens=n_new,

@@ -110,11 +110,10 @@ class HarnessModel(LM):
         """What the model writes after each prompt, up to the first of the stop texts."""
         results = []
         with self._reporter.task("continuations", total=len(requests)) as task:
-            for request in requests:
+            for seed, request in enumerate(requests):  # repeats of a prompt are draws of their own
                 prompt, settings = request.args
-                results.append(
-                    Continuation.of(settings, context_length=self.max_length).write(self.run, prompt)
-                )
+                continuation = Continuation.of(settings, context_length=self.max_length)
+                results.append(continuation.write(self.run, prompt, seed=seed))
                 task.advance()
         self._remember("generate_until", requests, results)
         return results

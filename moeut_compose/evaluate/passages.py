@@ -1,7 +1,8 @@
 """From texts to passages as lm-evaluation-harness cuts them: continuations of a context, and whole documents.
 
-A context and its continuation are tokenised as one text; the continuation's tokens are those after as many as the
-context has alone. Where there is no context, a start token takes its place.
+A context and its continuation are tokenised as one text, and the continuation's tokens are those after as many as the
+context has alone; before them the model reads the tokens of the context alone. Where there is no context, a start token
+takes its place.
 """
 
 from __future__ import annotations
@@ -37,14 +38,10 @@ def continuation_passage(
     Spaces at the end of the context count as the continuation's. Raises `DataError` without a start token where
     one is needed.
     """
-    if context:
-        whole = codec.encode(context + continuation)
-        n_scored = len(whole) - len(codec.encode(context.rstrip()))
-    else:
-        continued = codec.encode(continuation)
-        whole, n_scored = [_start(codec), *continued], len(continued)
-    ids = tuple(whole[-(context_length + 1) :])
-    return Passage(ids, max(0, min(n_scored, len(ids) - 1)))
+    before = codec.encode(context.rstrip())
+    scored = codec.encode(context + continuation)[len(before) :]
+    ids = tuple([*(before or [_start(codec)]), *scored][-(context_length + 1) :])
+    return Passage(ids, max(0, min(len(scored), len(ids) - 1)))
 
 
 def document_passages(codec: TextCodec, text: str, *, context_length: int) -> list[Passage]:

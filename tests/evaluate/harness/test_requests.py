@@ -15,7 +15,7 @@ N_ITEMS = 200
 
 
 def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """Contexts and continuations of many lengths: none, too long, with spaces at the border."""
+    """Contexts and continuations of many lengths: none, too long, with spaces at the border, or a word across it."""
     draw = random.Random(0)
 
     def text(low: int, high: int) -> str:
@@ -23,7 +23,11 @@ def pairs(words: list[str]) -> list[tuple[str, str]]:
         return " ".join(words[start : start + draw.randint(low, high)])
 
     contexts = ["", *(f"{text(1, 60)}{' ' * draw.choice((0, 0, 0, 2))}" for _ in range(N_ITEMS - 1))]
-    return [(context, f" {text(1, 9)}") for context in contexts]
+    cut = [
+        (f"{context} {word[:2]}", f"{word[2:]} {text(1, 4)}")
+        for context, word in zip(contexts[1::5], words, strict=False)
+    ]
+    return [*((context, f" {text(1, 9)}") for context in contexts[: N_ITEMS - len(cut)]), *cut]
 
 
 @pytest.mark.slow
@@ -146,4 +150,5 @@ def test_sampling_is_drawn_with_a_seed(make_run: MakeRun, words: list[str]) -> N
     prompt = " ".join(words[:8])
     drawn = [(prompt, settings), (prompt, settings), (prompt, {**settings, "do_sample": False})]
     first, second, greedy = model.generate_until(requests_of("generate_until", drawn))
-    assert first == second != greedy
+    assert len({first, second, greedy}) == 3, "repeats of a prompt are draws of their own"
+    assert model.generate_until(requests_of("generate_until", drawn)) == [first, second, greedy]
