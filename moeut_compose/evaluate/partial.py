@@ -32,13 +32,14 @@ class PartialResult:
     def begin(cls, path: Path, identity: dict[str, Any], *, anew: bool) -> PartialResult:
         """Take up a file if it belongs to `identity`. Raises `OSError` if it cannot be written."""
         partial = cls(path, identity)
-        lines = [] if anew else _read_lines(path)
-        if lines and lines[0] == identity:
-            for line in lines[1:]:
-                verdicts = {index: Verdict(correct, others) for index, correct, others in line["verdicts"]}
+        found = [] if anew else _read_lines(path)
+        lines = [identity]
+        if found and found[0] == identity:
+            for line in found[1:]:
+                if (verdicts := _verdicts(line)) is None:
+                    break
                 partial.take(verdicts, line["seconds"])
-        else:
-            lines = [identity]
+                lines.append(line)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
         return partial
@@ -75,3 +76,17 @@ def _read_lines(path: Path) -> list[Any]:
     except (OSError, ValueError):
         pass
     return lines
+
+
+def _verdicts(line: Any) -> dict[int, Verdict] | None:
+    """What a line says; None for a line of anything else."""
+    try:
+        seconds, entries = line["seconds"], [(*entry,) for entry in line["verdicts"]]
+        verdicts = {index: Verdict(correct, dict(others)) for index, correct, others in entries}
+    except (KeyError, TypeError, ValueError):
+        return None
+    figures = [seconds, *(value for verdict in verdicts.values() for value in verdict.others.values())]
+    is_whole = all(type(index) is int for index in verdicts) and all(
+        type(verdict.is_correct) is bool for verdict in verdicts.values()
+    )
+    return verdicts if is_whole and all(type(figure) in (int, float) for figure in figures) else None

@@ -76,7 +76,9 @@ class Published:
         return Verdict(
             is_correct=said == item.word,
             others={
-                "last_token_accuracy": float(score.predictions[-1:] == passage.targets[-1:]),
+                "last_token_accuracy": float(
+                    bool(passage.targets) and score.predictions[-1:] == passage.targets[-1:]
+                ),
                 "target_nats": -math.fsum(of_word) / max(1, len(of_word)),
             },
         )
@@ -98,15 +100,19 @@ class Harness:
         ]
 
     def judge(self, item: Item, passages: Sequence[Passage], scores: Sequence[Score]) -> Verdict:
-        log_likelihoods = [score.log_likelihood for score in scores]
+        # nothing to score is no certainty: an option without tokens is not the likeliest
+        log_likelihoods = [
+            score.log_likelihood if passage.targets else -math.inf
+            for passage, score in zip(passages, scores, strict=True)
+        ]
         if isinstance(item, LastWord):
-            is_greedy = scores[0].predictions == passages[0].targets
-            return Verdict(is_greedy, {"target_nats": -log_likelihoods[0]})
+            is_greedy = bool(passages[0].targets) and scores[0].predictions == passages[0].targets
+            return Verdict(is_greedy, {"target_nats": -scores[0].log_likelihood})
         is_best = is_first_best(log_likelihoods, item.answer)
         if not item.context:
             return Verdict(is_best)
         pairs = zip(log_likelihoods, item.options, strict=True)
-        by_character = [value / len(option) if option else math.nan for value, option in pairs]
+        by_character = [value / len(option) if option else -math.inf for value, option in pairs]
         return Verdict(is_first_best(by_character, item.answer), {"unnormalized_accuracy": float(is_best)})
 
 

@@ -35,6 +35,8 @@ def _choice(record: Record) -> Choice:
     question = Record(record.get("question", dict), f"{record.where}, question")
     choices = question.records("choices")
     labels = [choice.get("label", str) for choice in choices]
+    if len(set(labels)) < len(labels):
+        raise DataError(f"{record.where}: a label occurs twice in {', '.join(labels)}")
     answer = record.get("answerKey", str)
     if answer not in labels:
         raise DataError(f"{record.where}: the answer {answer!r} is not one of {', '.join(labels)}")

@@ -50,6 +50,8 @@ def _read(folder: Path, clean_text: Callable[[str], str]) -> list[Choice]:
 
 def _choice(record: Record, clean_text: Callable[[str], str]) -> Choice:
     endings = record.get("endings", list)
+    if not all(isinstance(ending, str) for ending in endings):
+        raise DataError(f"{record.where}: expected endings that are texts, found {endings!r}")
     label = str(record.values.get("label"))
     if not label.isdecimal() or int(label) >= len(endings):
         raise DataError(
@@ -59,6 +61,6 @@ def _choice(record: Record, clean_text: Callable[[str], str]) -> Choice:
     scene = f"{record.get('ctx_a', str)} {record.get('ctx_b', str).capitalize()}"
     return Choice(
         context=clean_text(f"{record.get('activity_label', str)}: {scene}"),
-        options=tuple(clean_text(str(ending)) for ending in endings),
+        options=tuple(clean_text(ending) for ending in endings),
         answer=int(label),
     )

@@ -58,6 +58,20 @@ def test_missing_files_are_named(files: Path, name: str) -> None:
             '{"ctx_a": "", "ctx_b": "", "activity_label": "", "endings": ["a"], "label": 1}',
             "line 1: expected a label from 0 to 0, found 1",
         ),
+        (
+            hellaswag.read,
+            "hellaswag_val.jsonl",
+            '{"ctx_a": "", "ctx_b": "", "activity_label": "", "endings": ["a", null], "label": 0}',
+            "line 1: expected endings that are texts",
+        ),
+        (
+            arc_easy.read,
+            "arc_easy_test.jsonl",
+            json.dumps(
+                {"question": {"stem": "q", "choices": [{"label": "A", "text": "x"}] * 2}, "answerKey": "A"}
+            ),
+            "line 1: a label occurs twice in A, A",
+        ),
     ],
 )
 def test_damaged_files(files: Path, read, name: str, content: str, message: str) -> None:

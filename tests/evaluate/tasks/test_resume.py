@@ -128,6 +128,18 @@ def test_a_torn_line_is_done_again(killed: Path, go_on, tmp_path: Path) -> None:
     assert result == go_on(tmp_path / "whole")[0]
 
 
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "null", '{"verdicts": [[0]], "seconds": 1}', '{"verdicts": [[0, 1, {}]]}']
+)
+def test_lines_of_anything_else_are_done_again(killed: Path, go_on, tmp_path: Path, line: str) -> None:
+    path = killed / "evaluation" / "blimp-harness.partial.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, *rest]) + "\n")
+    result, reporter, _ = go_on(killed)
+    assert reporter.began == 0
+    assert result == go_on(tmp_path / "whole")[0]
+
+
 def test_another_checkpoint_starts_over(killed: Path, go_on) -> None:
     result, reporter, _ = go_on(killed, step=8)
     assert (result.identity.step, reporter.began, reporter.notes) == (8, 0, [])
