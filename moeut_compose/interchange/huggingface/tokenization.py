@@ -41,16 +41,25 @@ class MoeutComposeTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: str) -> int:
         return self.processor.piece_to_id(token)
 
-    def _convert_id_to_token(self, index: int) -> str:
-        return self.processor.id_to_piece(index)
+    def _convert_id_to_token(self, index: int) -> str | None:
+        return self.processor.id_to_piece(index) if index < self.vocab_size else None
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.processor.decode([self.processor.piece_to_id(token) for token in tokens])
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        """The text of ids. Ids that a wider model has beyond the tokenizer's have none, control tokens their names."""
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        return self.processor.decode([index for index in ids if index not in skipped])
+        texts: list[str] = []
+        pieces: list[int] = []
+        for index in [index for index in ids if 0 <= index < self.vocab_size and index not in skipped]:
+            if self.processor.is_control(index):
+                texts += [self.processor.decode(pieces), self.processor.id_to_piece(index)]
+                pieces = []
+            else:
+                pieces.append(index)
+        return "".join([*texts, self.processor.decode(pieces)])
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         name = f"{filename_prefix}-tokenizer.model" if filename_prefix else "tokenizer.model"

@@ -171,6 +171,8 @@ def test_token_ids_are_those_of_training(
     assert seen[name]["ids"] == ids
     assert seen[name]["texts"] == [tokenizers[name].decode(each) for each in ids]
     assert seen[name]["length"] == tokenizers[name].vocab_size
+    text, control = seen[name]["texts"][0], seen[name]["special"]
+    assert seen[name]["odd"] == [f"{text}{control}{text}", tokenizers[name].decode(ids[0] * 2)]
 
 
 def test_what_else_transformers_offers(

@@ -141,7 +141,15 @@ def visit_once(check, folder):
 def tokens(folder, texts):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    return {"ids": ids, "texts": [tokenizer.decode(each) for each in ids], "length": len(tokenizer)}
+    special = tokenizer.all_special_ids[0]
+    odd = [*ids[0], special, *ids[0], len(tokenizer) + 7]
+    return {
+        "ids": ids,
+        "texts": [tokenizer.decode(each) for each in ids],
+        "length": len(tokenizer),
+        "special": tokenizer.convert_ids_to_tokens(special),
+        "odd": [tokenizer.decode(odd), tokenizer.decode(odd, skip_special_tokens=True)],
+    }
 
 
 if __name__ == "__main__":
