@@ -47,7 +47,12 @@ def generate(
     ] = 1.0,
     seed: Annotated[
         int,
-        typer.Option(metavar="N", help="The same seed gives the same text; prompt i of a file has N + i."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**63 - 1,
+            help="The same seed gives the same text; prompt i of a file has N + i.",
+        ),
     ] = 0,
     stop: Annotated[
         list[str] | None,
@@ -158,7 +163,7 @@ def _line(writing: "Writing") -> dict[str, object]:
 def _read_prompts(path: Path) -> Iterator[str]:
     """One prompt a line; empty lines are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise failed(f"{path}: not UTF-8 text ({error.reason})") from None
     for number, line in enumerate(lines, start=1):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moeut_compose.data.errors import DataError
 
+_COLD = 1e-4
+"""Below this temperature a quotient of float32 may overflow; less the largest logit it may only underflow."""
+
 
 class NotFinite(DataError):
     """There is nothing to choose from."""
@@ -62,17 +65,21 @@ def filtered(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> 
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty).nan_to_num()
+        logits = torch.where(seen & logits.isfinite(), changed, logits)
     if sampling.is_greedy:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
-    logits = logits / sampling.temperature
+    if sampling.temperature < _COLD:
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         lowest = logits.topk(sampling.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < lowest, float("-inf"))
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
         surplus = ordered.cumsum(-1) - ordered >= sampling.top_p
+        surplus[..., 0] = False  # a share below what float32 can tell from zero still leaves the likeliest
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(-1, order, surplus), float("-inf"))
     if sampling.min_p is not None:
         probability = logits.softmax(-1)

@@ -74,10 +74,11 @@ class Generator:
         if not prompts:
             return []
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        starts = [self._tokenizer.encode(prompt or PUBLISHED_SEPARATOR) for prompt in prompts]
+        prompt_ids = [self._tokenizer.encode(prompt) for prompt in prompts]
+        starts = [ids or self._tokenizer.encode(PUBLISHED_SEPARATOR) for ids in prompt_ids]
         transcripts = [
-            Transcript(self._tokenizer, start, stops, is_whole=not prompt)
-            for start, prompt in zip(starts, prompts, strict=True)
+            Transcript(self._tokenizer, start, stops, is_whole=not ids)
+            for start, ids in zip(starts, prompt_ids, strict=True)
         ]
         for index, prompt in enumerate(prompts):
             stream(index, prompt)
@@ -120,7 +121,7 @@ def generate(
     """Continue `prompt` and return prompt and continuation.
 
     The settings of the choice are those of `Sampling`. Generation ends after `max_new_tokens` or where the text
-    reaches a `stop` text, which is cut off. An empty prompt stands for the beginning of a document. `stream`
+    reaches a `stop` text, which is cut off. A prompt without tokens stands for the beginning of a document. `stream`
     receives the text piece by piece.
 
     Raises `ValueError` for settings out of range.

@@ -261,6 +261,16 @@ def test_a_file_of_prompts_gives_each_what_it_gives_alone(trained: Path, cli, cl
     assert again.stdout == "".join(f"{line['text']}\n" for line in lines)
 
 
+def test_only_line_ends_part_prompts_and_white_space_begins_a_document(trained: Path, cli) -> None:
+    Path("prompts.jsonl").write_bytes('\ufeff"a\u2028b"\r\n{"prompt": "\u200b"}\n"a\x85b"\n'.encode())
+    settings = ["--max-new-tokens", "2", "--json", "--device", "cpu"]
+    result = cli("generate", str(trained), "--prompts", "prompts.jsonl", *settings)
+    prompts = [json.loads(line)["prompt"] for line in result.stdout.split("\n") if line]
+    assert prompts == ["a\u2028b", "\u200b", "a\x85b"]
+    assert cli("generate", str(trained), "--prompt", " ", *settings).exit_code == 0
+    assert cli("generate", str(trained), "--seed", str(2**63), *settings).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

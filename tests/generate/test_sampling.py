@@ -43,6 +43,16 @@ def test_the_penalty_lowers_what_was_seen() -> None:
     assert seen_tokens([[2, 0], [1]], 3).tolist() == [[True, False, True], [False, True, False]]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-38}, {"temperature": 1e-45}, {"top_p": 1e-50}, {"repetition_penalty": 1e-40}],
+)
+def test_extreme_settings_leave_something_to_draw(settings: dict) -> None:
+    seen = torch.tensor([[True, False, True, False, True]])
+    drawn = sample(SHARES.log() * 90, Sampling(**settings), [torch.Generator()], seen)
+    assert 0 <= drawn[0] < 5
+
+
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9), st.integers(0, 2**31), st.floats(0.1, 3))
 def test_a_draw_is_one_of_what_is_left(logits: list[float], seed: int, temperature: float) -> None:
     sampling = Sampling(temperature=temperature, top_k=3, top_p=0.8, min_p=0.05)
