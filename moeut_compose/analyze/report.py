@@ -52,7 +52,7 @@ def render_report(analysis: Analysis, plots: list[Plot]) -> str:
 {sections}</main>
 <footer>Read: {escape(analysis.source)}, in windows that begin without context. All figures lie beside this page as
 PNG and SVG in <code>plots</code>, all numbers in <code>analysis.json</code>. Statistics are means over tokens that run;
-expert choices of tokens that have halted are not counted.</footer>
+expert choices of tokens that have halted are not counted, but for values, which others still read.</footer>
 </body>
 </html>
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ class UsageSums:
         self._weights += (calls.gate * calls.chosen).sum((1, 2), dtype=torch.float64)
         entropy = torch.special.entr(calls.logits.softmax(-1)).sum(-1).mean(-1)
         self._entropy += (entropy * runs).sum((1, 2))
-        ratio = (calls.logits.amax(-1) - calls.logits.median(-1).values).mean(-1)
+        ratio = (calls.logits.amax(-1) - _log_median(calls.logits)).mean(-1)
         self._log_ratio += (ratio * runs).sum((1, 2))
 
     def result(self) -> Usage:
@@ -89,3 +90,9 @@ def relative_load(share: np.ndarray) -> np.ndarray:
     """Uses `[..., E]` in relation to an even share."""
     total = share.sum(-1, keepdims=True)
     return share * share.shape[-1] / np.where(total > 0, total, 1)
+
+
+def _log_median(logits: Tensor) -> Tensor:
+    """Logarithm of the median of exp(logits) over the last dimension; of two middle ones, of their mean."""
+    ordered, n = logits.sort(-1).values, logits.shape[-1]
+    return torch.logaddexp(ordered[..., (n - 1) // 2], ordered[..., n // 2]) - math.log(2)

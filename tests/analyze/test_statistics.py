@@ -49,7 +49,7 @@ def test_usage_by_hand() -> None:
     assert_allclose(usage.dead, [2])
     assert_allclose(usage.usage_entropy, [-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))])
     assert_allclose(usage.entropy, [-sum(p * math.log(p) for p in (0.6, 0.2, 0.1, 0.1))], rtol=1e-6)
-    assert_allclose(usage.top1_over_median, [6.0], rtol=1e-6)  # the lower of the two middle ones
+    assert_allclose(usage.top1_over_median, [4.0], rtol=1e-6)  # 0.6 over the mean of 0.1 and 0.2
 
 
 def test_usage_leaves_resting_tokens_out() -> None:
