@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from moeut_compose.cli.arguments import (
     JsonOption,
@@ -83,7 +84,7 @@ def new(
     text = _TEMPLATE.format(
         schema=os.path.relpath(schema_file, path.parent),
         base=os.path.relpath(source, path.parent) if Path(base).exists() else base,
-        name=stem.rpartition("/")[2],
+        name=yaml.safe_dump(stem.rpartition("/")[2]).splitlines()[0],
         base_title=spec.name,
         repeats=spec.stages[0].repeats,
         d_model=spec.d_model,

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from moeut_compose.cli.arguments import JsonOption, SpecArgument, architecture_overrides, specs_and_overrides
 from moeut_compose.cli.failures import complain, failed, wrong_usage
@@ -15,6 +17,7 @@ from moeut_compose.measure.compare import COLUMNS, Row, row_of_run, row_of_spec
 from moeut_compose.measure.match import Match, NoMatch, match_spec
 from moeut_compose.measure.tables import cell
 from moeut_compose.spec.io import load_recipe, load_spec
+from moeut_compose.spec.problems import SpecError
 
 
 class By(StrEnum):
@@ -54,6 +57,8 @@ def match(
     - `moeut-compose match moeut_244m --to dense_244m --by params`
     - `moeut-compose match moeut_tiny --to dense_tiny --by macs --vary stages.0.layers.0.feedforward.top_k -o mine.yaml`
     """
+    if out is not None and out.exists():
+        raise wrong_usage(f"{out} exists already")
     try:
         found = match_spec(
             load_spec(spec),
@@ -92,16 +97,23 @@ def _shares(vary: list[str]) -> dict[str, int] | None:
 
 
 def _write_matched(base: str, found: Match, path: Path) -> None:
-    """A spec that extends the original with the values found."""
-    parent = Path(base)
-    named = os.path.relpath(parent, path.parent) if parent.suffix else base
-    lines = [
-        f"extends: {named}",
-        f"name: {path.stem}",
-        f"description: {found.name} with the {found.by} of {found.target_name}",
-        *(f"{field}: {value}" for field, value in found.values.items()),
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """A spec that extends the original with the values found. One that would extend itself is not left behind."""
+    document = {
+        "extends": os.path.relpath(base, path.parent) if Path(base).exists() else base,
+        "name": path.stem,
+        "description": f"{found.name} with the {found.by} of {found.target_name}",
+        **found.values,
+    }
+    path.write_text(
+        yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=sys.maxsize), encoding="utf-8"
+    )
+    try:
+        load_spec(path)
+    except SpecError as error:
+        path.unlink()
+        raise wrong_usage(
+            f"{path} would be no architecture of its own; choose another file: {error}"
+        ) from None
     complain(f"written: {path}")
 
 

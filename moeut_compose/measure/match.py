@@ -174,6 +174,8 @@ class _Search:
             value = self.at(outside)
             if value is None:
                 edge = self._edge(inside, outside)
+                if edge != start and self.at(edge) == self.at(start):
+                    raise NoMatch(f"{', '.join(self._fields)} does not change the count; vary another field")
                 return (inside, edge) if grows else (edge, inside)
             if (value >= wanted) if grows else (value <= wanted):
                 return (inside, outside) if grows else (outside, inside)

@@ -113,6 +113,8 @@ def _stem(path: Path, kind: Kind) -> Path:
 
 
 def _in_root(root: Path, stem: Path) -> Path | None:
+    if not stem.name:  # "." and "/" name folders
+        return None
     for suffix in SUFFIXES:
         path = root / stem.with_name(stem.name + suffix)
         if path.is_file():

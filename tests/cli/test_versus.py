@@ -22,6 +22,33 @@ def test_match_writes_a_spec_that_extends_the_original(cli: Cli, tmp_path: Path)
     assert (tmp_path / "mine.yaml").read_text().startswith("extends: moeut_44m\n")
 
 
+@pytest.mark.parametrize("name", ["moeut_tiny.yaml", "there.yaml"])
+def test_match_neither_replaces_a_file_nor_extends_itself(cli: Cli, tmp_path: Path, name: str) -> None:
+    (tmp_path / "there.yaml").write_text("mine\n")
+    result = cli("match", "moeut_tiny", "--to", "dense_tiny", "--by", "params", "-o", name)
+    assert result.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+    assert (tmp_path / "there.yaml").read_text() == "mine\n"
+
+
+def test_match_writes_names_that_yaml_would_read_as_numbers(cli: Cli) -> None:
+    assert cli("match", "moeut_tiny", "--to", "dense_tiny", "--by", "params", "-o", "123.yaml").exit_code == 0
+    assert json.loads(cli("params", "123.yaml", "--json").stdout)[0]["name"] == "123"
+
+
+def test_match_says_that_a_field_changes_nothing(cli: Cli) -> None:
+    result = cli("match", "moeut_tiny", "--to", "dense_tiny", "--by", "params", "--vary", "context_length")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "context_length does not change the count" in result.stderr
+
+
+@pytest.mark.parametrize("name", [".", "/", ""])
+def test_names_that_are_no_file(cli: Cli, name: str) -> None:
+    result = cli("params", name)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_match_says_why_nothing_fits(cli: Cli) -> None:
     result = cli("match", "moeut_44m", "--to", "dense_tiny", "--by", "params")
     assert result.exit_code == 1
