@@ -178,7 +178,7 @@ def train_tokenizer(
                 minloglevel=2,
             )
         except (RuntimeError, ValueError, OSError) as error:
-            raise DataError(_training_failure(error, sentences, vocab_size)) from error
+            raise sentences.error or DataError(_training_failure(error, sentences, vocab_size)) from error
     if sentences.n_skipped:
         reporter.warn(
             f"the tokenizer ignored {sentences.n_skipped:,} of {sentences.n_documents:,} documents, "
@@ -212,8 +212,17 @@ class TrainingText:
         self.n_documents = 0
         self.n_bytes = 0
         self.n_skipped = 0
+        self.error: DataError | None = None
+        """What ended the reading: SentencePiece makes an error of its own of it."""
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._sentences()
+        except DataError as error:
+            self.error = error
+            raise
+
+    def _sentences(self) -> Iterator[str]:
         limit = self._spec.max_sentence_length
         for text in self._texts:
             if self.n_documents == self._spec.max_documents or self._full():

@@ -49,6 +49,13 @@ def test_data_prepare_tells_what_is_wrong(ends) -> None:
     ends("data", "prepare", "moeut_tini", code=2)
 
 
+def test_a_damaged_record_is_named_also_while_a_tokenizer_is_trained(ends, place: Path) -> None:
+    (place / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    data = "recipe.data={kind: jsonl, files: [bad.jsonl]}"
+    ended = ends("data", "prepare", "moeut_tiny", "vocab_size=100", data, code=1)
+    assert ended.stderr.splitlines()[-1].endswith("bad.jsonl:2: no key 'text' (found: txt); set data.field")
+
+
 def test_tokenizer_train_writes_a_sentencepiece_model(ends, place: Path) -> None:
     ends("tokenizer", "train", "--vocab-size", "50", "-o", "mine.model", SMALL[2])
     processor = sentencepiece.SentencePieceProcessor(model_file=str(place / "mine.model"))
