@@ -64,7 +64,7 @@ def step(
     names, overrides = specs_and_overrides(specs)
     models = [load_spec(name, architecture_overrides(overrides)) for name in names]
     from moeut_compose.bench.step import BACKENDS, measure_in_turn, measure_step
-    from moeut_compose.train.device import choose_device, own_device
+    from moeut_compose.train.device import check_backend, choose_device, own_device
     from moeut_compose.train.modes import uncut_layers
     from moeut_compose.world import local_rank, started_world
 
@@ -79,6 +79,8 @@ def step(
     if backends != ["auto"] and world.size > 1:
         raise wrong_usage("--backend compares steps of one process")
     place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
+    for name in backends:
+        check_backend(name, place)
     if graphed and place.type != "cuda":
         raise wrong_usage("--cuda-graph needs a CUDA device")
     if backends != ["auto"]:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeut_compose.cli.failures import leaving_on_interrupt, wrong_usage
+from moeut_compose.cli.failures import failed, leaving_on_interrupt, wrong_usage
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,10 @@ def import_torch() -> None:
     """The slow part of every command here."""
     with leaving_on_interrupt():
         import torch  # noqa: F401
+    try:
+        import moeut_kernels.backend  # noqa: F401
+    except ValueError as error:  # what the environment asks for does not exist
+        raise failed(str(error)) from None
 
 
 def named_device(name: str) -> "str | torch.device":

@@ -19,7 +19,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=2**24)]
 """A positive integer."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -21,6 +21,7 @@ def _whole(value: object) -> object:
 
 
 Steps = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LargeCount = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 ProperFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -103,7 +104,7 @@ class SyntheticData(Spec):
 
     kind: Literal["synthetic"] = "synthetic"
     task: SyntheticTaskSpec
-    seed: Steps = 0
+    seed: Seed = 0
     """Fixes tables and examples."""
 
     @property
@@ -299,7 +300,7 @@ class RecipeSpec(Spec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     logging: LoggingSpec = LoggingSpec()
     hardware: HardwareSpec = HardwareSpec()
-    seed: Steps = 0
+    seed: Seed = 0
     """Fixes initial weights, order of the data and sampling."""
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from moeut_kernels.backend import backend
 
 from moeut_compose.train.errors import TrainError
 
@@ -18,10 +19,21 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device itself, or for "auto" the first GPU and else the CPU."""
+    """The device itself, or for "auto" the first GPU and else the CPU.
+
+    Raises `TrainError` where the back end that is asked for cannot run.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    check_backend(backend(), place)
+    return place
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raises `TrainError` where the kernels of a back end cannot run."""
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise TrainError("the back end triton needs a CUDA device; auto, grouped_mm and torch run on a CPU")
 
 
 def own_device(device: str | torch.device, number: int) -> torch.device:

@@ -32,7 +32,7 @@ from moeut_compose.train.checkpoint import (
     open_checkpoint,
     tidy_checkpoints,
 )
-from moeut_compose.train.device import choose_device, own_device
+from moeut_compose.train.device import check_backend, choose_device, own_device
 from moeut_compose.train.errors import CheckpointError, OtherProcessFailed, RunError, TrainError
 from moeut_compose.train.folder import resume_folder as resume_folder
 from moeut_compose.train.modes import execution_modes
@@ -137,6 +137,7 @@ def train(
     reporter = (reporter if world.is_main else None) or SilentReporter()
     recipe = with_absolute_paths(recipe)
     place = choose_device(device) if world.size == 1 else own_device(device, local_rank())
+    check_backend(recipe.backend, place)
     if recipe.logging.tensorboard:
         summary_writer()  # what is missing is told before anything is prepared
     if recipe.logging.wandb:

@@ -261,6 +261,13 @@ def test_a_file_of_prompts_gives_each_what_it_gives_alone(trained: Path, cli, cl
     assert again.stdout == "".join(f"{line['text']}\n" for line in lines)
 
 
+def test_the_kernels_of_a_gpu_are_refused_on_a_cpu(trained: Path, cli) -> None:
+    settings = ["recipe.backend=triton", "--device", "cpu", "--out", "new"]
+    result = cli("train", "moeut_tiny", "--recipe", "quickstart", *settings)
+    assert (result.exit_code, Path("new").exists()) == (1, False)
+    assert result.stderr.splitlines()[-1].startswith("error: the back end triton needs a CUDA device")
+
+
 def test_only_line_ends_part_prompts_and_white_space_begins_a_document(trained: Path, cli) -> None:
     Path("prompts.jsonl").write_bytes('\ufeff"a\u2028b"\r\n{"prompt": "\u200b"}\n"a\x85b"\n'.encode())
     settings = ["--max-new-tokens", "2", "--json", "--device", "cpu"]
