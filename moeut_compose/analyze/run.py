@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moeut_compose.analyze.collect import Figures, observe_model
 from moeut_compose.analyze.names import Names
 from moeut_compose.data.errors import DataError
@@ -105,6 +107,8 @@ def analyze_run(
         batch_size=batch_size,
         reporter=reporter,
     )
+    if not np.isfinite(figures.residual.rms_after).all():
+        raise DataError("what the model computes is not finite: there is nothing to look at")
     if windows is not None and figures.windows < windows:
         reporter.warn(f"the text has {figures.windows} windows of {run.context} tokens, not {windows}")
     ids = text.ids[: figures.tokens + 1]

@@ -3,6 +3,7 @@
 0 done; 1 the work failed; 2 wrong usage or not found; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
+import io
 import os
 import signal
 import sys
@@ -34,6 +35,13 @@ def complain(text: str, *, is_shared: bool = True) -> None:
 
 class Commands(TyperGroup):
     """The commands, and what becomes of the errors that they expect."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run; what a terminal's encoding lacks is shown as a question mark."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; an expected error becomes its message and an exit code, never a traceback."""

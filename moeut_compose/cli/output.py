@@ -1,6 +1,7 @@
 """Results on stdout: JSON documents and plain tables that never wrap or lose a digit."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,16 @@ from moeut_compose.measure.tables import csv_table, markdown_table
 
 
 def as_json_text(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False)
+    """JSON; numbers that are none, which JSON does not have, become null."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False)
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def print_json(document: Any) -> None:

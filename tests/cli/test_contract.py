@@ -1,12 +1,14 @@
 """What scripts rely on: JSON keys, exit codes, streams, and no torch where none is needed."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moeut_compose.cli.output import as_json_text
 from tests.conftest import ROOT
 
 PARAMS = ["name", "total", "embedding", "head", "layers", "active_per_token", "unrolled_per_token"]
@@ -19,6 +21,17 @@ MACS = [
     "head_per_token",
     "by_component",
 ]
+
+
+def test_numbers_that_are_none_are_null_in_json() -> None:
+    found = as_json_text({"a": [float("nan"), 1.5], "b": (float("inf"), {"c": -math.inf})})
+    assert json.loads(found, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": [None, {"c": None}]}
+
+
+def test_a_terminal_without_unicode(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = command("show", "moeut_tiny", "--tree")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_params_json(cli_json) -> None:
