@@ -47,13 +47,16 @@ _BOOLEAN_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off"
 class _Located:
     """One Pydantic error and the node that it speaks of."""
 
-    def __init__(self, error: Mapping[str, Any], root: MapNode, shape: Shape) -> None:
+    def __init__(
+        self, error: Mapping[str, Any], root: MapNode, shape: Shape, at_root: tuple[str, ...]
+    ) -> None:
         self.type: str = error["type"]
         self.context: Mapping[str, Any] = error.get("ctx", {})
         self.text: str = error["msg"]
         self.path: Path = ()
         self.node: Node = root
         self.shape = shape
+        self._at_root = at_root
         self.key: str | None = None
         self.key_place: Place | None = None
         loc = list(error["loc"])
@@ -80,7 +83,8 @@ class _Located:
     def known_keys(self) -> list[str]:
         """The keys of the map that this error is about."""
         model = self.shape.model(self.node.kind if isinstance(self.node, MapNode) else None)
-        return list(model.model_fields) if model is not None else []
+        fields = list(model.model_fields) if model is not None else []
+        return fields if self.path else [*self._at_root, *fields]
 
     def _chosen(self, node: MapNode) -> tuple[type[BaseModel], ...]:
         model = self.shape.model(node.kind)
@@ -97,26 +101,29 @@ def explain(
     misplaced: Mapping[str, str],
     *,
     is_partial: bool = False,
+    at_root: tuple[str, ...] = (),
 ) -> list[Problem]:
     """The problems behind a Pydantic error, in the order of the file.
 
     `misplaced` maps keys of the other kind of spec to a sentence on where they belong. A partial tree lacks a file that
-    it extends, so nothing is said of what that file may hold.
+    it extends, so nothing is said of what that file may hold. at_root: keys of the whole file that no field stands for.
     """
     groups: dict[tuple[Path, str | None, str], list[_Located]] = {}
     for item in error.errors(include_url=False):
         if is_partial and item["type"] in _MAY_STAND_ELSEWHERE:
             continue
-        located = _Located(item, root, shape)
+        located = _Located(item, root, shape, at_root)
         whole = located.type if located.type not in _EXPECTED else "expected"
         groups.setdefault((located.path, located.key, whole), []).append(located)
     meant = {
         (*path, _near(group[0])) for (path, _, kind), group in groups.items() if kind == "extra_forbidden"
     }
+    lacks_base = any((name,) in meant for name in at_root)
     problems = [
         problem
         for (path, key, kind), group in groups.items()
         if kind != "missing" or (*path, key) not in meant  # a misspelt key is not missing as well
+        if not lacks_base or kind not in _MAY_STAND_ELSEWHERE
         for problem in _problems(group, misplaced)
     ]
     return sorted(problems, key=lambda problem: (problem.file, problem.line, problem.column))

@@ -151,7 +151,14 @@ def _validated(
         try:
             spec = model.model_validate_json(json.dumps(plain(whole)))
         except ValidationError as error:
-            found = explain(error, whole, reader.shape, _misplaced(reader.kind), is_partial=reader.is_partial)
+            found = explain(
+                error,
+                whole,
+                reader.shape,
+                _misplaced(reader.kind),
+                is_partial=reader.is_partial,
+                at_root=("extends",),
+            )
             problems += [problem for problem in found if problem.path != "version"]
         else:
             if not problems:

@@ -100,13 +100,19 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _peri_has_a_router(self) -> Self:
-        for member in self.members():
-            if member.norm.placement == "peri" and not member.layer.feedforward.has_router:
-                raise ValueError(
-                    f"{member.path}: placement peri normalises what routers and attention scores read, and a "
-                    f"{member.layer.feedforward.kind} feedforward has no router; give this layer a norm with "
-                    "placement pre or post"
-                )
+        wrong = [
+            member
+            for member in self.members()
+            if member.norm.placement == "peri" and not member.layer.feedforward.has_router
+        ]
+        if wrong:
+            those = "this layer" if len(wrong) == 1 else "each"
+            kinds = " or ".join(dict.fromkeys(member.layer.feedforward.kind for member in wrong))
+            raise ValueError(
+                f"{', '.join(member.path for member in wrong)}: placement peri normalises what routers and attention "
+                f"scores read, and a {kinds} feedforward has no router; give {those} a norm with "
+                "placement pre or post"
+            )
         return self
 
     @property

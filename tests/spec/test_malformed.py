@@ -139,7 +139,11 @@ MISTAKES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "peri without a router": (
         changed("{kind: sigma_moe, n_experts: 8, d_expert: 16, top_k: 2}", "{kind: dense, d_ff: 64}"),
-        [rf"{FILE}:\d+:\d+: stages\.0\.layers\.0: placement peri .*no router"],
+        [rf"{FILE}:\d+:\d+: stages\.0\.layers\.0, stages\.0\.layers\.1: placement peri .*no router"],
+    ),
+    "a misspelt base": (
+        "version: 1\nname: mine\nextend: moeut_tiny\nd_modell: 32\n",
+        [f"{FILE}:3:1: extend: unknown key; did you mean extends\\?", f"{FILE}:4:1: d_modell: .*d_model"],
     ),
     "halting without passes over the group": (
         changed("pattern: ABAB", "pattern: AABB\n    halting: {kind: act}"),
