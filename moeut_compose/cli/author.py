@@ -19,7 +19,7 @@ from moeut_compose.cli.arguments import (
 )
 from moeut_compose.cli.failures import FAILED, USAGE, complain, wrong_usage
 from moeut_compose.cli.output import as_json_text, print_json
-from moeut_compose.spec.find import Kind, NotFound, find, name_of, singular
+from moeut_compose.spec.find import Kind, NotFound, find, name_of, reference, singular
 from moeut_compose.spec.inherit import shown
 from moeut_compose.spec.io import load_as, load_spec, model_of, split_overrides
 from moeut_compose.spec.model import ModelSpec
@@ -76,14 +76,13 @@ def new(
     path = Path("architectures", f"{stem}.yaml")
     if path.exists():
         raise wrong_usage(f"{path} exists already")
-    source = find(base, "architectures")
-    if name_of(source, "architectures") == stem:
+    if name_of(find(base, "architectures"), "architectures") == stem:
         raise wrong_usage(f"{stem} would extend itself; give the variant a name of its own")
     spec = load_spec(base)
     schema_file = Path("schemas", "architecture.json")
     text = _TEMPLATE.format(
         schema=os.path.relpath(schema_file, path.parent),
-        base=os.path.relpath(source, path.parent) if Path(base).exists() else base,
+        base=reference(base, "architectures", path.parent),
         name=yaml.safe_dump(stem.rpartition("/")[2]).splitlines()[0],
         base_title=spec.name,
         repeats=spec.stages[0].repeats,

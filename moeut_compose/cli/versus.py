@@ -1,7 +1,6 @@
 """`match` and `compare`: one architecture against another."""
 
 import json
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +15,7 @@ from moeut_compose.cli.output import print_csv, print_json, print_markdown, prin
 from moeut_compose.measure.compare import COLUMNS, Row, row_of_run, row_of_spec
 from moeut_compose.measure.match import Match, NoMatch, match_spec
 from moeut_compose.measure.tables import cell
+from moeut_compose.spec.find import reference
 from moeut_compose.spec.io import load_recipe, load_spec
 from moeut_compose.spec.problems import SpecError
 
@@ -99,7 +99,7 @@ def _shares(vary: list[str]) -> dict[str, int] | None:
 def _write_matched(base: str, found: Match, path: Path) -> None:
     """A spec that extends the original with the values found. One that would extend itself is not left behind."""
     document = {
-        "extends": os.path.relpath(base, path.parent) if Path(base).exists() else base,
+        "extends": reference(base, "architectures", path.parent),
         "name": path.stem,
         "description": f"{found.name} with the {found.by} of {found.target_name}",
         **found.values,

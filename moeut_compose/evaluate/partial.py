@@ -36,9 +36,9 @@ class PartialResult:
         lines = [identity]
         if found and found[0] == identity:
             for line in found[1:]:
-                if (verdicts := _verdicts(line)) is None:
+                if (said := _said(line)) is None:
                     break
-                partial.take(verdicts, line["seconds"])
+                partial.take(*said)
                 lines.append(line)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
@@ -78,15 +78,13 @@ def _read_lines(path: Path) -> list[Any]:
     return lines
 
 
-def _verdicts(line: Any) -> dict[int, Verdict] | None:
-    """What a line says; None for a line of anything else."""
+def _said(line: Any) -> tuple[dict[int, Verdict], float] | None:
+    """Verdicts and seconds of a line; None for a line of anything else."""
     try:
-        seconds, entries = line["seconds"], [(*entry,) for entry in line["verdicts"]]
-        verdicts = {index: Verdict(correct, dict(others)) for index, correct, others in entries}
-    except (KeyError, TypeError, ValueError):
+        verdicts = {
+            int(index): Verdict(bool(correct), {name: float(value) for name, value in others.items()})
+            for index, correct, others in line["verdicts"]
+        }
+        return verdicts, float(line["seconds"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    figures = [seconds, *(value for verdict in verdicts.values() for value in verdict.others.values())]
-    is_whole = all(type(index) is int for index in verdicts) and all(
-        type(verdict.is_correct) is bool for verdict in verdicts.values()
-    )
-    return verdicts if is_whole and all(type(figure) in (int, float) for figure in figures) else None

@@ -88,6 +88,7 @@ def measure_perplexity(
     nats, n_targets = world.sum({"sums": sums})["sums"].tolist()
     n_tokens = int(n_targets)
     mean = nats / n_tokens
+    # of examples that are made up, every scored token counts as a byte
     n_bytes = text.n_bytes(1, 1 + count * context) if isinstance(text, TokenFile) else n_tokens
     return Perplexity(
         cross_entropy=mean,

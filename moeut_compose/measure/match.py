@@ -15,11 +15,10 @@ from pydantic import ValidationError
 
 from moeut_compose.measure.macs import count_macs
 from moeut_compose.measure.params import count_params
+from moeut_compose.spec.base import LARGEST_COUNT
 from moeut_compose.spec.model import ModelSpec
 
 Quantity = Literal["params", "macs", "active"]
-LARGEST = 1 << 24
-"""No field is searched beyond this."""
 
 
 class NoMatch(Exception):
@@ -140,7 +139,7 @@ class _Search:
     def at(self, value: int) -> int | None:
         if value not in self._known:
             self._known[value] = None
-            if 1 <= value <= LARGEST:
+            if 1 <= value <= LARGEST_COUNT:
                 try:
                     self._known[value] = self._measure(self.spec(value))
                 except ValidationError as error:

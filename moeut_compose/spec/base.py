@@ -19,8 +19,10 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Count = Annotated[int, Field(gt=0, le=2**24)]
-"""A positive integer."""
+LARGEST_COUNT = 1 << 24
+
+Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
+"""A positive integer, small enough that products of a few of them can be counted and allocated."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A number between 0 and 1, both included."""

@@ -70,6 +70,12 @@ def find(name: str, kind: Kind) -> Path:
     raise NotFound(not_found(name, kind))
 
 
+def reference(name: str, kind: Kind, folder: Path) -> str:
+    """What `extends` says in a file of `folder` to mean what `name` finds here. Raises `NotFound`."""
+    found = find(name, kind)
+    return os.path.relpath(found, folder) if Path(name).exists() else name
+
+
 def list_specs(kind: Kind) -> list[Listed]:
     """All specs that a name finds, the first of each name, sorted by name."""
     found: dict[str, Listed] = {}
