@@ -107,7 +107,8 @@ def analyze_run(
         batch_size=batch_size,
         reporter=reporter,
     )
-    if not np.isfinite(figures.residual.rms_after).all():
+    sizes = figures.residual.rms_after  # not a number also where no token comes to a pass
+    if np.isnan(sizes).all() or np.isinf(sizes).any():
         raise DataError("what the model computes is not finite: there is nothing to look at")
     if windows is not None and figures.windows < windows:
         reporter.warn(f"the text has {figures.windows} windows of {run.context} tokens, not {windows}")
