@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moeut_compose.analyze import plots, report
+from moeut_compose.blocks.stick_breaking import StickBreaking
 from moeut_compose.cli import app
+from moeut_compose.cli.runs import open_run
+from moeut_compose.train.run import Run
 
 from .conftest import RECIPE
 
@@ -176,3 +181,31 @@ def test_what_cannot_be_done(
     assert message in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_pass_that_nobody_reaches_is_no_error_and_a_broken_model_is(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """All tokens halt before the last pass, which has no figures; or nothing that the model computes is a number."""
+
+    def changed(path: Path, device: str) -> Run:
+        run = open_run(path, device)
+        with torch.no_grad():
+            for halting in (module for module in run.model.modules() if isinstance(module, StickBreaking)):
+                halting.inner.weight.zero_()
+                halting.inner.bias.fill_(0.12)
+                halting.outer.weight.copy_(
+                    torch.tensor([[-1.0], [1.0]]).expand(2, halting.inner.out_features)
+                )
+            if broken:
+                run.model.embedding.weight.fill_(float("nan"))
+        return run
+
+    monkeypatch.setattr(sys.modules["moeut_compose.cli.analyze"], "open_run", changed)
+    shutil.copytree(runs / "sut_tiny", tmp_path / "run")
+    result = CliRunner().invoke(app, ["analyze", str(tmp_path / "run"), "--windows", "1", "--device", "cpu"])
+    assert (result.exit_code, "is not finite" in result.output) == (int(broken), broken), result.output
+    if not broken:
+        numbers = json.loads((tmp_path / "run" / "analysis" / "analysis.json").read_text())
+        assert "null" in json.dumps(numbers["residual"]["rms_after"])
