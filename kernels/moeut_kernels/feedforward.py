@@ -17,6 +17,7 @@ from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
+from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan
 
 _OPERANDS = (
@@ -25,12 +26,12 @@ _OPERANDS = (
 )
 _ROUTING = "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles"
 _FORWARD = (
-    f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend, Tensor[] tickets, Tensor? residual)"
-    " -> (Tensor, Tensor, Tensor)"
+    f"({_OPERANDS}, {_ROUTING}, str activation, bool save, str backend, Tensor[] tickets, Tensor? residual,"
+    " Tensor[] shares) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
     f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor hidden, Tensor pre, str activation, bool[] wants, bool hand_in,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool sum_x, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -47,6 +48,7 @@ def expert_feedforward(
     casts: tuple[Tensor, Tensor] | None = None,
     tickets: tuple[Ticket, Ticket] | None = None,
     residual: Tensor | None = None,
+    shares: Shares | None = None,
 ) -> Tensor:
     """Send every token through its chosen experts and add their gated outputs.
 
@@ -56,7 +58,8 @@ def expert_feedforward(
     gate: [N, 1, K]. b_up: [E, F] or [E, 2F]. b_down: [E, D2]. activation: one of `ACTIVATIONS`. Returns [N, D2] in the
     dtype of x. casts: copies of float32 weights in the compute dtype, see `cast_weights`. tickets: of this use, see
     `feedforward_tickets`; the weights then get their gradients from all uses at once. residual: [N, D2], added to the
-    result, which then has its dtype: written once instead of twice. Raises `ValueError` for an unknown activation and
+    result, which then has its dtype: written once instead of twice. shares: of the `norm_fan` that made x, which then
+    gets the gradient of x in unsummed rows, see `feedforward_shares`. Raises `ValueError` for an unknown activation and
     for shapes that do not fit the plan.
     """
     if not torch.jit.is_tracing():
@@ -75,11 +78,14 @@ def expert_feedforward(
         w_up, w_down, cast_up, cast_down = w_up.detach(), w_down.detach(), None, None
         handed = [part for ticket in tickets for part in ticket]
     operands = (x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*operands, *handed))
+    apart = list(shares or ())
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*operands, *handed, *apart)
+    )
     padded = not torch.jit.is_tracing() and (w_down if cast_down is None else cast_down).shape[2] != width
     added = None if padded else residual
     out = torch.ops.moeut.expert_feedforward(
-        *operands, *plan.tensors, activation, save, resolve(x), handed, added
+        *operands, *plan.tensors, activation, save, resolve(x), handed, added, apart
     )[0]
     if not padded:
         return out
@@ -100,6 +106,11 @@ def feedforward_tickets(
         dtype=down_cast.dtype, n_slots=n_slots, per_left=None, per_right=top_k,
     )  # fmt: skip
     return list(zip(up, down, strict=True))
+
+
+def feedforward_shares(x: Tensor, w_up: Tensor, top_k: int) -> ShareShape:
+    """What `expert_feedforward` hands back of the gradient of x [..., D]. w_up: the weight it reads, or its copy."""
+    return ShareShape(x.shape[:-1].numel() * top_k, w_up.shape[1], listed=True)
 
 
 def _check(
@@ -163,7 +174,7 @@ def _forward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the kept hidden and pre-activation."""
-    *routing, activation, save, backend, _, residual = rest
+    *routing, activation, save, backend, _, residual, _ = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
@@ -188,7 +199,7 @@ def _forward(
 
 
 def _fake_forward(x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, index, slots, *rest):  # type: ignore[no-untyped-def]
-    activation, save, backend, _, residual = rest[3:]
+    activation, save, backend, _, residual, _ = rest[3:]
     w_up, w_down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     widths = saved_widths(activation, x.dtype, w_up.shape[2], w_down.shape[1], backend) if save else (0, 0)
     kept = (x.new_empty((slots.shape[0], width) if width else 0) for width in widths)
@@ -210,16 +221,31 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w_up, w_down, gate, b_up, b_down, and what is handed in; empty where not wanted.
 
-    Handed in: the gradient of the pre-activation, the gated hidden (empty where it was kept).
+    That of x in unsummed rows in expert order unless sum_x. Handed in: the gradient of the pre-activation, the gated
+    hidden (empty where it was kept).
     """
-    *routing, hidden, pre, activation, wants, hand_in, backend = rest
+    *routing, hidden, pre, activation, wants, hand_in, sum_x, backend = rest
     up, down = (w_up if cast_up is None else cast_up), (w_down if cast_down is None else cast_down)
     if backend == "triton":
         from moeut_kernels import triton_feedforward
 
         masters = (w_up, w_down)
         return triton_feedforward.backward(
-            grad, x, up, down, masters, gate, b_up, b_down, routing, hidden, pre, activation, wants, hand_in
+            grad,
+            x,
+            up,
+            down,
+            masters,
+            gate,
+            b_up,
+            b_down,
+            routing,
+            hidden,
+            pre,
+            activation,
+            wants,
+            hand_in,
+            sum_x,
         )
     index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
@@ -246,9 +272,8 @@ def _backward(
     if needs_z:
         d_z = activations.backward(activation, pre, back.mul_(ordered))
     if want_x:
-        d_x = reference.gather_sum(
-            reference.grouped_rows(d_z, up.transpose(1, 2), offsets, backend), position.view(gates.shape)
-        )
+        d_x = reference.grouped_rows(d_z, up.transpose(1, 2), offsets, backend)
+        d_x = reference.gather_sum(d_x, position.view(gates.shape)) if sum_x else d_x
     if want_up:
         d_up = reference.grouped_outer(x.index_select(0, tokens), d_z, offsets, backend).to(w_up.dtype)
         d_up = d_up[:, : w_up.shape[1], : w_up.shape[2]].contiguous()
@@ -262,7 +287,8 @@ def _backward(
 
 
 def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, *rest):  # type: ignore[no-untyped-def]
-    slots, wants, hand_in, backend = rest[1], *rest[-3:]
+    slots, wants, hand_in, sum_x, backend = rest[1], *rest[-4:]
+    x = x if sum_x else x.new_empty(slots.shape[0], (w_up if cast_up is None else cast_up).shape[1])
     sources = zip((x, w_up, w_down, gate, b_up, b_down), wants, strict=True)
     gradients = (
         grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
@@ -277,8 +303,8 @@ def _fake_backward(grad, x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.activation, _, ctx.backend, tickets, _ = inputs
-    ctx.n_tickets = len(tickets)
+    *tensors, ctx.activation, _, ctx.backend, tickets, _, shares = inputs
+    ctx.n_tickets, ctx.n_shares = len(tickets), len(shares)
     ctx.save_for_backward(*tensors, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -286,15 +312,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return *(None,) * 16, [None] * ctx.n_tickets, None
+        return *(None,) * 16, [None] * ctx.n_tickets, None, [None] * ctx.n_shares
     saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
     needs = ctx.needs_input_grad
     hand_in = ctx.n_tickets > 0 and any(needs[16])
-    wants = [needs[i] for i in (0, 1, 2, 5, 6, 7)]
+    apart = ctx.n_shares > 0 and any(needs[18])
+    wants = [needs[0] or apart, *(needs[i] for i in (1, 2, 5, 6, 7))]
     d_residual = grad if needs[17] else None
     grad = grad.to(saved[0].dtype)
     *grads, d_pre, gated = torch.ops.moeut.expert_feedforward_backward(
-        grad, *saved, ctx.activation, wants, hand_in, ctx.backend
+        grad, *saved, ctx.activation, wants, hand_in, not apart, ctx.backend
     )
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (
         g if wanted else None for g, wanted in zip(grads, wants, strict=True)
@@ -304,7 +331,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         x, slots, offsets = saved[0], as_message(saved[9]), as_message(saved[11])
         hidden = saved[13] if ctx.backend == "triton" else gated
         messages = [x, d_pre, slots, offsets, hidden, grad, slots, offsets]
-    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages, d_residual
+    rows: list[Tensor | None] = [None] * ctx.n_shares
+    if apart:
+        d_x, rows = None, [d_x, as_message(saved[10])]
+    return d_x, d_up, d_down, None, None, d_gate, d_b_up, d_b_down, *(None,) * 8, messages, d_residual, rows
 
 
 _op = torch.library.custom_op("moeut::expert_feedforward", _forward, mutates_args=(), schema=_FORWARD)
@@ -327,7 +357,7 @@ def _forward_flops(
 def _backward_flops(
     grad: Any, x: Any, w_up: Any, w_down: Any, cast_up: Any, cast_down: Any, gate: Any, *rest: Any, **__: Any
 ) -> int:
-    want_x, want_up, want_down, want_gate, want_b_up, _ = rest[-3]
+    want_x, want_up, want_down, want_gate, want_b_up, _ = rest[-4]
     n_up = int(want_x) + int(want_up)
-    n_down = int(want_down) + int(want_gate or want_x or want_up or want_b_up or rest[-2])
+    n_down = int(want_down) + int(want_gate or want_x or want_up or want_b_up or rest[-3])
     return 2 * math.prod(gate) * (n_up * w_up[1] * w_up[2] + n_down * w_down[1] * w_down[2])

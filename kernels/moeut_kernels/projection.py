@@ -18,6 +18,7 @@ from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
+from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
@@ -25,9 +26,12 @@ _ROUTING = (
     "Tensor index, Tensor slots, Tensor position, Tensor offsets, Tensor tiles, Tensor low_slots, "
     "Tensor pair_tiles"
 )
-_FORWARD = f"({_OPERANDS}, {_ROUTING}, bool save, str backend, Tensor[] tickets) -> (Tensor, Tensor)"
+_FORWARD = (
+    f"({_OPERANDS}, {_ROUTING}, bool save, bool summed, str backend, Tensor[] tickets, Tensor[] shares)"
+    " -> (Tensor, Tensor)"
+)
 _BACKWARD = (
-    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, bool hand_in, str backend)"
+    f"(Tensor grad, {_OPERANDS}, {_ROUTING}, Tensor kept, bool[] wants, bool hand_in, bool sum_x, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -41,6 +45,7 @@ def expert_split(
     *,
     cast: Tensor | None = None,
     ticket: Ticket | None = None,
+    shares: Shares | None = None,
 ) -> Tensor:
     """Project every token into each of its groups by the group's chosen experts.
 
@@ -48,9 +53,10 @@ def expert_split(
 
     x: [N, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, H, F] in the dtype of x.
     cast: a copy of a float32 `weight` in the compute dtype, see `cast_weights`. ticket: of this use, see
-    `projection_tickets`. Raises `ValueError` for shapes that do not fit the plan.
+    `projection_tickets`. shares: of the `norm_fan` that made x, which then gets the gradient of x in unsummed rows, see
+    `split_shares`. Raises `ValueError` for shapes that do not fit the plan.
     """
-    return _project("expert_split", x, weight, plan, gate, bias, cast, ticket)
+    return _project("expert_split", x, weight, plan, gate, bias, cast, ticket, shares=shares)
 
 
 def expert_merge(
@@ -62,15 +68,18 @@ def expert_merge(
     *,
     cast: Tensor | None = None,
     ticket: Ticket | None = None,
+    summed: bool = True,
 ) -> Tensor:
     """Project the groups of every token by their chosen experts and add them up.
 
         out[n] = sum_h sum_k gate[n, h, k] · (x[n, h] @ weight[e] + bias[e]),  e = plan.index[n, h, k]
 
     x: [N, H, D]. weight: [E, D, F]. gate: [N, H, K], None for ones. bias: [E, F]. Returns [N, F] in the dtype of x.
-    cast, ticket: as in `expert_split`. Raises `ValueError` for shapes that do not fit the plan.
+    cast, ticket: as in `expert_split`. summed: without, the groups' parts [N, H, F] for a `norm_fan` to add up, and
+    nothing else: the backward takes the gradient of one for that of all. Raises `ValueError` for shapes that do not fit
+    the plan.
     """
-    return _project("expert_merge", x, weight, plan, gate, bias, cast, ticket)
+    return _project("expert_merge", x, weight, plan, gate, bias, cast, ticket, summed=summed)
 
 
 def _project(
@@ -82,6 +91,9 @@ def _project(
     bias: Tensor | None,
     cast: Tensor | None,
     ticket: Ticket | None,
+    *,
+    summed: bool = True,
+    shares: Shares | None = None,
 ) -> Tensor:
     if not torch.jit.is_tracing():
         _check(x, weight, plan, gate, bias, n_leading=1 if name == "expert_split" else 2)
@@ -93,7 +105,10 @@ def _project(
         weight, cast = (weight if cast is None else cast).detach(), None
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
-    out = op(x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, resolve(x), list(ticket or ()))[0]
+    out = op(
+        x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, summed, resolve(x), list(ticket or ()),
+        list(shares or ()),
+    )[0]  # fmt: skip
     return out if torch.jit.is_tracing() or out.shape[-1] == width else out[..., :width]
 
 
@@ -109,6 +124,11 @@ def projection_tickets(
         weight, n_uses, left=left, right=right, dtype=cast.dtype, n_slots=n_slots,
         per_left=None if merge else per_token, per_right=per_token if merge else None,
     )  # fmt: skip
+
+
+def split_shares(x: Tensor, weight: Tensor, n_groups: int) -> ShareShape:
+    """What `expert_split` hands back of the gradient of x [..., D]; weight: the one it multiplies by, or a copy."""
+    return ShareShape(x.shape[:-1].numel() * n_groups, weight.shape[1], listed=False)
 
 
 def _check(
@@ -141,6 +161,7 @@ def _forward(
     bias: Tensor | None,
     routing: Sequence[Tensor],
     save: bool,
+    summed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the gate gradient of a split needs: the ungated products. Body of both forwards."""
@@ -148,9 +169,10 @@ def _forward(
     if backend == "triton":
         from moeut_kernels import triton_projection
 
-        return triton_projection.forward(merge, x, matrix, gate, bias, routing, save)
+        return triton_projection.forward(merge, x, matrix, gate, bias, routing, save, summed)
     index, slots, position, offsets, *_ = routing
-    per_input, per_output = _slots_per_row(merge, index)
+    per_input, per_output = _slots_per_row(merge and summed, index)
+    per_input = index.shape[2] if merge else per_input
     rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
     products = reference.grouped_rows(rows, matrix.contiguous(), offsets, backend)
     if bias is not None:
@@ -158,7 +180,7 @@ def _forward(
     gates = None if gate is None else gate.reshape(-1, per_output)
     out = reference.gather_sum(products, position.view(-1, per_output), gates)
     kept = products if save and not merge else products.new_empty(0)
-    return out if merge else out.view(index.shape[0], index.shape[1], matrix.shape[2]), kept
+    return out if merge and summed else out.view(index.shape[0], index.shape[1], matrix.shape[2]), kept
 
 
 def _backward(
@@ -173,18 +195,20 @@ def _backward(
     kept: Tensor,
     wants: Sequence[bool],
     hand_in: bool,
+    sum_x: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, gate, bias, and what is handed in; empty where not wanted. Body of both backwards.
 
-    Handed in: gate times the output gradient (split) or the input (merge) in expert order.
+    Unless sum_x, that of a split's x comes by group, [N · H, D]. Handed in: gate times the output gradient (split) or
+    the input (merge) in expert order.
     """
     matrix = weight if cast is None else cast
     if backend == "triton":
         from moeut_kernels import triton_projection
 
         return triton_projection.backward(
-            merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in
+            merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in, sum_x
         )
     index, slots, position, offsets, *_ = routing
     per_input, per_output = _slots_per_row(merge, index)
@@ -199,8 +223,10 @@ def _backward(
     if needs_rows:
         rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
     if want_x:
-        gates = None if gate is None else gate.reshape(-1, per_input)
-        d_x = reference.gather_sum(back, position.view(-1, per_input), gates).view(x.shape)
+        terms = per_input if sum_x else index.shape[2]
+        gates = None if gate is None else gate.reshape(-1, terms)
+        d_x = reference.gather_sum(back, position.view(-1, terms), gates)
+        d_x = d_x.view(x.shape) if sum_x else d_x
     if want_gate:
         dots = (rows * back).sum(1) if merge else (kept * d_rows).sum(1)
         dots = dots.index_select(0, position).view(gate.shape)
@@ -227,21 +253,24 @@ def _register(name: str, merge: bool) -> None:
     """One forward and one backward op with fake, autograd and FLOP formulas."""
 
     def forward(x, weight, cast, gate, bias, *rest):
-        *routing, save, backend, _ = rest
-        return _forward(merge, x, weight, cast, gate, bias, routing, save, backend)
+        *routing, save, summed, backend, _, _ = rest
+        return _forward(merge, x, weight, cast, gate, bias, routing, save, summed, backend)
 
     def backward(grad, x, weight, cast, gate, bias, *rest):
-        *routing, kept, wants, hand_in, backend = rest
-        return _backward(merge, grad, x, weight, cast, gate, bias, routing, kept, wants, hand_in, backend)
+        *routing, kept, wants, hand_in, sum_x, backend = rest
+        return _backward(
+            merge, grad, x, weight, cast, gate, bias, routing, kept, wants, hand_in, sum_x, backend
+        )
 
     def fake_forward(x, weight, cast, gate, bias, index, slots, *rest):
         n_tokens, n_groups, _ = index.shape
-        width, save = (weight if cast is None else cast).shape[2], rest[-3]
-        out = x.new_empty((n_tokens, width) if merge else (n_tokens, n_groups, width))
+        width, save, summed = (weight if cast is None else cast).shape[2], *rest[-5:-3]
+        out = x.new_empty((n_tokens, width) if merge and summed else (n_tokens, n_groups, width))
         return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
 
-    def fake_backward(grad, x, weight, cast, gate, bias, *rest):
-        slots, wants, hand_in = rest[1], *rest[-3:-1]
+    def fake_backward(grad, x, weight, cast, gate, bias, index, *rest):
+        slots, wants, hand_in, sum_x = rest[1], *rest[-4:-1]
+        x = x if sum_x else x.new_empty(math.prod(index.shape[:2]), x.shape[1])
         gradients = (
             grad.new_empty(source.shape, dtype=source.dtype) if wanted else grad.new_empty(0)
             for source, wanted in zip((x, weight, gate, bias), wants, strict=True)
@@ -250,20 +279,21 @@ def _register(name: str, merge: bool) -> None:
         return *gradients, grad.new_empty((slots.shape[0], width) if hand_in else 0)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, _, ctx.backend, tickets = inputs
-        ctx.n_tickets = len(tickets)
+        *tensors, _, ctx.summed, ctx.backend, tickets, shares = inputs
+        ctx.n_tickets, ctx.n_shares = len(tickets), len(shares)
         ctx.save_for_backward(*tensors, output[1])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
         if grad is None:
-            return *(None,) * 14, [None] * ctx.n_tickets
+            return *(None,) * 15, [None] * ctx.n_tickets, [None] * ctx.n_shares
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors  # once: a checkpointed layer unpacks them only once
-        hand_in = ctx.n_tickets > 0 and any(needs[14])
-        wants = [needs[0], needs[1], needs[3], needs[4]]
-        *grads, ordered = backward_packet(grad, *saved, wants, hand_in, ctx.backend)
+        hand_in, apart = ctx.n_tickets > 0 and any(needs[15]), ctx.n_shares > 0 and any(needs[16])
+        wants = [needs[0] or apart, needs[1], needs[3], needs[4]]
+        grad = grad if ctx.summed else grad[:, 0]  # all parts have the same
+        *grads, ordered = backward_packet(grad, *saved, wants, hand_in, not apart, ctx.backend)
         d_x, d_weight, d_gate, d_bias = (
             g if wanted else None for g, wanted in zip(grads, wants, strict=True)
         )
@@ -272,7 +302,11 @@ def _register(name: str, merge: bool) -> None:
             _, slots, _, offsets, *_ = saved[5:]
             messages = [ordered, grad] if merge else [saved[0], ordered]
             messages += [as_message(slots), as_message(offsets)]
-        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 9, messages
+        rows: list[Tensor | None] = [None] * ctx.n_shares
+        if apart:
+            rows = [d_x, grad.new_empty(0, dtype=torch.float32)]
+            d_x = None
+        return d_x, d_weight, None, d_gate, d_bias, *(None,) * 10, messages, rows
 
     forward_op = torch.library.custom_op(f"moeut::{name}", forward, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(
@@ -291,7 +325,7 @@ def _register(name: str, merge: bool) -> None:
     def _(
         grad: Any, x: Any, weight: Any, cast: Any, gate: Any, bias: Any, index: Any, *rest: Any, **__: Any
     ) -> int:
-        want_x, want_weight, want_gate, _ = rest[-3]
+        want_x, want_weight, want_gate, _ = rest[-4]
         n_products = int(want_x or (merge and want_gate)) + int(want_weight)
         return n_products * 2 * math.prod(index) * weight[1] * weight[2]
 

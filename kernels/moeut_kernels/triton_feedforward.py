@@ -169,11 +169,12 @@ def backward(
     activation: str,
     wants: Sequence[bool],
     hand_in: bool,
+    sum_x: bool,
 ) -> tuple[Tensor, ...]:
     """Body of `moeut::expert_feedforward_backward`: gradients of x, w_up, w_down, gate, b_up, b_down.
 
     masters: w_up and w_down, whose shapes and dtypes their gradients have; up and down may be padded. hand_in: return
-    what a deferred gradient needs, too.
+    what a deferred gradient needs, too. Unless sum_x, the gradient of x comes in rows in expert order.
     """
     index, slots, position, offsets, tiles = routing
     grad, x, up, down, gate = (
@@ -196,8 +197,8 @@ def backward(
     if want_up:
         weight_gradient([x], [d_pre], [slots], [offsets], per_left=top_k, per_right=None, out=d_up)
     if want_x:
-        products = ordered_rows(d_pre, up, slots, tiles, transposed=True)
-        d_x = gather_sum(products, position, n_tokens, top_k)
+        d_x = ordered_rows(d_pre, up, slots, tiles, transposed=True)
+        d_x = gather_sum(d_x, position, n_tokens, top_k) if sum_x else d_x
     if want_gate:
         if b_down is not None:
             tokens = torch.arange(n_tokens, dtype=torch.int32, device=x.device).repeat_interleave(top_k)

@@ -36,6 +36,7 @@ def forward(
     bias: Tensor | None,
     routing: Routing,
     save: bool,
+    summed: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what the gate gradient of a split needs (empty unless saved). Body of both forwards."""
     x, weight, gate, bias = _contiguous(x, weight, gate, bias)
@@ -45,16 +46,21 @@ def forward(
     if _by_pairs(weight, bias, low_slots, merge):
         pairs = (gate, low_slots, position, pair_tiles)
         if merge:
-            partial, _, _ = triton_pairs.wide(rows, weight, *pairs)
-            return gather_sum(partial, None, n_tokens, n_groups), x.new_empty(0)
+            parts, _, _ = triton_pairs.wide(rows, weight, *pairs)
+            out = (
+                gather_sum(parts, None, n_tokens, n_groups) if summed else parts.view(n_tokens, n_groups, -1)
+            )
+            return out, x.new_empty(0)
         out, kept, _, _ = triton_pairs.narrow(rows, weight, *pairs, per_row=n_groups, keep=keep)
         return out.view(n_tokens, n_groups, -1), kept
-    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
-    products, _ = grouped_rows(rows, weight, slots, tiles, per_row=per_input, bias=bias)
-    out = gather_sum(products, position, n_tokens if merge else n_tokens * n_groups, per_output, gate)
-    return out if merge else out.view(n_tokens, n_groups, weight.shape[2]), products if keep else x.new_empty(
-        0
+    per_input, per_output = (
+        top_k if merge else n_groups * top_k,
+        n_groups * top_k if merge and summed else top_k,
     )
+    products, _ = grouped_rows(rows, weight, slots, tiles, per_row=per_input, bias=bias)
+    out = gather_sum(products, position, products.shape[0] // per_output, per_output, gate)
+    out = out if merge and summed else out.view(n_tokens, n_groups, weight.shape[2])
+    return out, products if keep else x.new_empty(0)
 
 
 def backward(
@@ -69,9 +75,10 @@ def backward(
     kept: Tensor,
     wants: Sequence[bool],
     hand_in: bool,
+    sum_x: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, gate, bias; and gate times the narrow rows in expert order, which a deferred gradient
-    needs. Empty where not wanted. Body of both backwards.
+    needs. Empty where not wanted; that of a split's x by group unless sum_x. Body of both backwards.
 
     master: the weight, whose shape and dtype its gradient has; `weight` may be padded.
     """
@@ -80,12 +87,12 @@ def backward(
     operands = (grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight, master, gate)
     if _by_pairs(weight, bias, routing[5], merge):
         body = _merge_by_pairs if merge else _split_by_pairs
-        d_x, d_weight, d_gate, ordered = body(*operands, routing, kept, wants[1])
+        d_x, d_weight, d_gate, ordered = body(*operands, routing, kept, wants[1], sum_x)
         d_bias = None
     else:
-        d_x, d_weight, d_gate, d_bias = _by_slots(merge, *operands, bias, routing, kept, wants)
+        d_x, d_weight, d_gate, d_bias = _by_slots(merge, *operands, bias, routing, kept, wants, sum_x)
         ordered = _ordered_rows(operands[1] if merge else operands[0], gate, routing) if hand_in else None
-    if wants[0]:
+    if wants[0] and sum_x:
         d_x = d_x.view(x.shape)
     if wants[2]:
         d_gate = d_gate.view(gate.shape).to(gate.dtype)
@@ -102,6 +109,7 @@ def _split_by_pairs(
     routing: Routing,
     kept: Tensor,
     want_weight: bool,
+    sum_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
@@ -117,7 +125,8 @@ def _split_by_pairs(
     )
     d_weight = torch.empty(master.shape if want_weight else 0, dtype=master.dtype, device=x.device)
     weight_gradient([x], [ordered], [slots], [offsets], per_left=2 * n_groups, per_right=None, out=d_weight)
-    return gather_sum(partial, None, x.shape[0], n_groups), d_weight, dots, ordered
+    d_x = gather_sum(partial, None, x.shape[0], n_groups) if sum_x else partial
+    return d_x, d_weight, dots, ordered
 
 
 def _merge_by_pairs(
@@ -129,6 +138,7 @@ def _merge_by_pairs(
     routing: Routing,
     kept: Tensor,
     want_weight: bool,
+    sum_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index, slots, position, offsets, _, low_slots, pair_tiles = routing
     n_groups = index.shape[1]
@@ -161,6 +171,7 @@ def _by_slots(
     routing: Routing,
     kept: Tensor,
     wants: Sequence[bool],
+    sum_x: bool,
 ) -> tuple[Tensor | None, ...]:
     index, slots, position, offsets, tiles, *_ = routing
     _, n_groups, top_k = index.shape
@@ -170,7 +181,8 @@ def _by_slots(
     if want_x or (want_gate and merge):
         back, _ = grouped_rows(grad, weight, slots, tiles, per_row=per_output, transposed=True)
     if want_x:
-        d_x = gather_sum(back, position, x.shape[0], per_input, gate)
+        terms = per_input if sum_x else top_k
+        d_x = gather_sum(back, position, back.shape[0] // terms, terms, gate)
     if want_weight:
         d_weight = torch.empty(master.shape, dtype=master.dtype, device=x.device)
         weight_gradient(

@@ -126,6 +126,10 @@ class ExpertFeedForward(FeedForward):
         )
         return [{"up": up, "down": down} for up, down in pairs]
 
+    def shares(self, data: Tensor, copies: Copies | None) -> mk.ShareShape | None:
+        up = self.up if copies is None else copies["up"]
+        return mk.feedforward_shares(data, up, self.router.n_choices)
+
     def forward(
         self, data: Tensor, select: Tensor, call: Call, residual: Tensor | None = None
     ) -> tuple[Tensor, Stats]:
@@ -147,6 +151,7 @@ class ExpertFeedForward(FeedForward):
             casts=None if up is None or down is None else (up, down),
             tickets=None if up_ticket is None or down_ticket is None else (up_ticket, down_ticket),
             residual=None if residual is None or alive is not None else residual.flatten(0, 1),
+            shares=call.shares,
         )
         output = everyone(output, alive).view(data.shape)
         if residual is not None and alive is not None:

@@ -125,3 +125,29 @@ class PeriNormLayer(Layer):
 
     def transform(self, x: Tensor, call: Call) -> tuple[Tensor, Stats]:
         return self.feedforward(x, self.feedforward_norm(x, call.repeat), call, residual=x)
+
+    def forward(
+        self, hidden: Tensor, context: Tensor, call: Call | None = None, past: Memory | None = None
+    ) -> Run:
+        call = Call() if call is None else call
+        if context is not hidden or call.alive is not None or not mk.fans(hidden):
+            return super().forward(hidden, context, call, past)
+        return self._fanned(hidden, call, past)
+
+    def _fanned(self, hidden: Tensor, call: Call, past: Memory | None) -> Run:
+        """The same, with each norm, the sum before it and the gradients that meet there in one pass."""
+        of_mixer, of_feedforward = call.inside("mixer"), call.inside("feedforward")
+        shape, rows = hidden.shape, hidden.flatten(0, 1)
+        fan = self.mixer_norm.fan(rows, call.repeat, shares=self.mixer.shares(hidden, of_mixer.copies))
+        normed, data = fan.normed.view(shape), fan.data.view(shape)
+        of_mixer = of_mixer._replace(shares=fan.shares, apart=True)
+        output, mixer_stats, memory = self.mixer(normed, normed, data, of_mixer, past)
+        shares = self.feedforward.shares(hidden, of_feedforward.copies)
+        fan = self.feedforward_norm.fan(fan.residual, call.repeat, addend=output.flatten(0, 1), shares=shares)
+        x, feedforward_stats = self.feedforward(
+            fan.data.view(shape),
+            fan.normed.view(shape),
+            of_feedforward._replace(shares=fan.shares),
+            residual=fan.residual.view(shape),
+        )
+        return Run(x, under("mixer", mixer_stats) | under("feedforward", feedforward_stats), memory)

@@ -133,6 +133,11 @@ class SwitchHead(Mixer):
                 of_call[name] = ticket
         return tickets
 
+    def shares(self, value: Tensor, copies: Copies | None) -> mk.ShareShape | None:
+        if self.value_router is None or self.n_experts == 1:
+            return None
+        return mk.split_shares(value, self.value if copies is None else copies["value"], self.n_heads)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         products = self._joint_products(query) if query is key else None
         if products is None:
@@ -181,13 +186,14 @@ class SwitchHead(Mixer):
             gate,
             cast=call.copy_of("value"),
             ticket=call.ticket_of("value"),
+            shares=call.shares,
         )
         return v.view(batch, length, self.n_heads, -1).transpose(1, 2), stats
 
     def _outputs(
         self, query: Tensor, mixed: Tensor, call: Call, scores: Tensor | None
     ) -> tuple[Tensor, Stats]:
-        """Outputs `[B, T, D]` of attended values `[B, H, T, d_head]`."""
+        """Outputs `[B, T, D]`, or their parts `[B, T, H, D]`, of attended values `[B, H, T, d_head]`."""
         batch, _, length, _ = mixed.shape
         alive = call.alive
         routing = (
@@ -199,10 +205,12 @@ class SwitchHead(Mixer):
             return torch.einsum("bhtf,hfd->btd", gated, self.output), stats
         plan, gate = self._plan(routing, alive)
         rows = running(mixed.transpose(1, 2).flatten(0, 1), alive)
+        cast = call.copy_of("output")
+        apart = call.apart and (cast is None or cast.shape == self.output.shape)
         output = mk.expert_merge(
-            rows, self.output, plan, gate, cast=call.copy_of("output"), ticket=call.ticket_of("output")
+            rows, self.output, plan, gate, cast=cast, ticket=call.ticket_of("output"), summed=not apart
         )
-        return everyone(output, alive).view(batch, length, -1), stats
+        return everyone(output, alive).unflatten(0, (batch, length)), stats
 
 
 class MixtureOfAttention(Mixer):

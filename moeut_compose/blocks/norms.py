@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import moeut_kernels as mk
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,17 @@ class Norm(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         """Normalise `x [..., D]` with the weights of pass `repeat`."""
+
+    @abstractmethod
+    def fan(
+        self,
+        x: Tensor | mk.Carried,
+        repeat: int,
+        *,
+        addend: Tensor | None = None,
+        shares: mk.ShareShape | None = None,
+    ) -> mk.Fan:
+        """The norm with all that lies around it in one pass, see `moeut_kernels.norm_fan`; `x [N, D]`."""
 
 
 class LayerNorm(Norm):
@@ -39,6 +51,17 @@ class LayerNorm(Norm):
         weight, bias = _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
+    def fan(
+        self,
+        x: Tensor | mk.Carried,
+        repeat: int,
+        *,
+        addend: Tensor | None = None,
+        shares: mk.ShareShape | None = None,
+    ) -> mk.Fan:
+        weight, bias = _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
+        return mk.norm_fan(x, weight, bias, eps=self.eps, addend=addend, shares=shares)
+
 
 class RMSNorm(Norm):
     """Root-mean-square normalisation with a weight."""
@@ -54,6 +77,17 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         weight = _of_pass(self.weight, repeat)
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def fan(
+        self,
+        x: Tensor | mk.Carried,
+        repeat: int,
+        *,
+        addend: Tensor | None = None,
+        shares: mk.ShareShape | None = None,
+    ) -> mk.Fan:
+        weight = _of_pass(self.weight, repeat)
+        return mk.norm_fan(x, weight, eps=self.eps, center=False, addend=addend, shares=shares)
 
 
 def _of_pass(weight: Tensor, repeat: int) -> Tensor:

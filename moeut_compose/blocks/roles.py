@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from moeut_kernels import Ticket
+from moeut_kernels import Shares, ShareShape, Ticket
 from torch import Tensor, nn
 
 from moeut_compose.blocks.cache import Memory, Start
@@ -61,6 +61,10 @@ class Call(NamedTuple):
 
     tickets: Tickets | None = None
     """For weights whose gradient is formed once for all calls: what this call hands in, by the names of `copies`."""
+    shares: Shares | None = None
+    """Where experts that multiply the data hand back its gradient in rows, for the norm before them to add up."""
+    apart: bool = False
+    """Whether the norm after a mixer can add up the parts of its output, too."""
 
     def inside(self, part: str) -> Call:
         """The same call for a part of the layer, with its copies and tickets under their own names."""
@@ -93,7 +97,7 @@ class Mixed(NamedTuple):
     """What a mixer returns."""
 
     output: Tensor
-    """`[B, T, D]`, to be added to the residual stream."""
+    """`[B, T, D]`, to be added to the residual stream; if asked for, `[B, T, H, D]` parts of it (`Call.apart`)."""
     stats: Stats
     memory: Memory
     """Keys and values of all positions seen so far."""
@@ -164,6 +168,10 @@ class Mixer(nn.Module, ABC):
         """For each of `n_calls` calls on `n_tokens` tokens: tickets of weights that can wait for their gradient."""
         return [{} for _ in range(n_calls)]
 
+    def shares(self, value: Tensor, copies: Copies | None) -> ShareShape | None:
+        """What experts hand back of the gradient of `value [B, T, D]`, where a norm can add it up; None for nothing."""
+        return None
+
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
         """Mix `[B, T, D]` inputs of queries, keys (and routers of values) and values, causally.
@@ -191,6 +199,10 @@ class FeedForward(nn.Module, ABC):
     def tickets(self, n_calls: int, n_tokens: int, copies: Copies) -> list[Tickets]:
         """For each of `n_calls` calls on `n_tokens` tokens: tickets of weights that can wait for their gradient."""
         return [{} for _ in range(n_calls)]
+
+    def shares(self, data: Tensor, copies: Copies | None) -> ShareShape | None:
+        """What experts hand back of the gradient of `data [B, T, D]`, where a norm can add it up; None for nothing."""
+        return None
 
     @abstractmethod
     def forward(

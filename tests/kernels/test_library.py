@@ -30,8 +30,10 @@ def arguments(cases, op, dtype=torch.float32, activation="relu", save=True):
             "torch",
             [],
             torch.randn_like(o["x"][:, :1]).expand(-1, o["w_down"].shape[2]).contiguous(),
+            [],
         )
-    return o["x"], o["weight"], None, o["gate"], o["bias"], *plan.tensors, *plan.pairs, save, "torch", []
+    operands = o["x"], o["weight"], None, o["gate"], o["bias"]
+    return *operands, *plan.tensors, *plan.pairs, save, True, "torch", [], []
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -63,6 +63,34 @@ def chosen(cases) -> None:
     finite(gate, usage, logits.grad)
 
 
+def fanned(cases) -> None:
+    """Two norms of a residual stream: parts to add up, rows that come back in order and listed."""
+    weight, x = draw(37).requires_grad_(), draw(9, 37).requires_grad_()
+    with torch.autocast(DEVICE, HALF):
+        fan = mk.norm_fan(x, weight, eps=1e-5, shares=mk.ShareShape(18, 37, listed=False))
+        last = mk.norm_fan(
+            fan.residual,
+            weight,
+            weight,
+            eps=1e-5,
+            addend=draw(9, 3, 37, dtype=HALF),
+            shares=mk.ShareShape(36, 48, listed=True),
+        )
+    position = torch.randperm(36).to(DEVICE, torch.int32).view(torch.float32)
+    torch.autograd.backward(
+        [fan.normed, fan.shares.rows, last.normed, last.residual, *last.shares],
+        [
+            fan.normed.detach(),
+            draw(18, 37, dtype=HALF),
+            last.normed.detach(),
+            x.detach(),
+            draw(36, 48, dtype=HALF),
+            position,
+        ],
+    )
+    finite(fan.normed, last.residual, last.data, x.grad, weight.grad)
+
+
 def normed(n_tokens: int) -> Callable:
     def run(cases) -> None:
         norm = decode.Norm("layer", draw(40), draw(40), 1e-5)
@@ -149,6 +177,7 @@ CASES: dict[str, tuple[Callable, set[str]]] = {
         for name in ("split", "merge")
     },
     "choice": (chosen, {"triton_router._choose", "triton_router._choose_backward", "triton_router._usage"}),
+    "norm of a stream": (fanned, {"triton_norm._fan", "triton_norm._fan_backward"}),
     "norm, few tokens": (normed(2), {DECODE + "_norm_project_few"}),
     "norm, many tokens": (normed(19), {DECODE + "_sum_norm", DECODE + "_project"}),
     "attention, few tokens": (
