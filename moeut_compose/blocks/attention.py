@@ -15,6 +15,15 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
+def rotated_heads(x: Tensor, n_heads: int, *, position: Position, start: Start) -> Tensor:
+    """Queries or keys `[B, T, H * d_head]` to `[B, H, T, d_head]`, rotated.
+
+    Rotation comes first: what it writes then lies token by token, as values and results of attention do, and no
+    attention kernel has to have anything copied.
+    """
+    return position.rotate(x.unflatten(-1, (n_heads, -1)), start).transpose(1, 2)
+
+
 def remember(key: Tensor, value: Tensor, past: Memory | None, start: Start) -> Memory:
     """Add keys and values `[B, H, T, d_head]` to the memory of earlier positions: behind it, or into its room."""
     if past is None:

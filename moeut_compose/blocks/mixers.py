@@ -8,7 +8,7 @@ import moeut_kernels as mk
 import torch
 from torch import Tensor, nn
 
-from moeut_compose.blocks.attention import attend, remember, split_heads
+from moeut_compose.blocks.attention import attend, remember, rotated_heads, split_heads
 from moeut_compose.blocks.cache import Memory
 from moeut_compose.blocks.initialisation import normal_, truncated_normal_, uniform_, xavier_uniform_
 from moeut_compose.blocks.linear import Linear, Lora, joint_linear
@@ -57,8 +57,10 @@ class Attention(Mixer):
         self.position.reset_parameters()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, past: Memory | None) -> Mixed:
-        q = self.position.rotate(split_heads(self.query(query, call.repeat), self.n_heads), call.start)
-        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
+        q = rotated_heads(
+            self.query(query, call.repeat), self.n_heads, position=self.position, start=call.start
+        )
+        k = rotated_heads(self.key(key, call.repeat), self.n_heads, position=self.position, start=call.start)
         v = split_heads(self.value(value, call.repeat), self.n_heads)
         memory = remember(k, v, past, call.start)
         mixed = attend(q, memory, position=self.position, start=call.start)
@@ -143,8 +145,7 @@ class SwitchHead(Mixer):
         if products is None:
             products = self.query(query, call.repeat), self.key(key, call.repeat), {}
         q, k, known = products
-        q = self.position.rotate(split_heads(q, self.n_heads), call.start)
-        k = self.position.rotate(split_heads(k, self.n_heads), call.start)
+        q, k = (rotated_heads(x, self.n_heads, position=self.position, start=call.start) for x in (q, k))
         v, stats = self._values(key, value, call, known.get("value"))
         memory = remember(k, v, past, call.start)
         mixed = attend(q, memory, position=self.position, start=call.start)
@@ -264,9 +265,9 @@ class MixtureOfAttention(Mixer):
         queries = mk.expert_split(
             running(query.flatten(0, 1), alive), self.query, plan, None, cast=call.copy_of("query")
         )
-        q = everyone(queries, alive).view(batch, length, chosen * self.n_heads, -1).transpose(1, 2)
-        q = self.position.rotate(q, call.start)
-        k = self.position.rotate(split_heads(self.key(key, call.repeat), self.n_heads), call.start)
+        q = everyone(queries, alive).view(batch, length, -1)
+        q = rotated_heads(q, chosen * self.n_heads, position=self.position, start=call.start)
+        k = rotated_heads(self.key(key, call.repeat), self.n_heads, position=self.position, start=call.start)
         memory = remember(k, split_heads(self.value(value, call.repeat), self.n_heads), past, call.start)
         wide = tuple(part.repeat(1, chosen, 1, 1) for part in memory)
         mixed = attend(q, (wide[0], wide[1]), position=self.position, start=call.start)

@@ -50,14 +50,12 @@ class Rope(Position):
     def rotate(self, x: Tensor, start: Start) -> Tensor:
         if self.n_rotated == 0:
             return x
-        length = x.shape[-2]
+        length = x.shape[-3]
         if isinstance(start, int) and start + length <= self.cos.shape[0]:
             cos, sin = self.cos[start : start + length], self.sin[start : start + length]
         else:
             cos, sin = self.angles(positions(start, length, x.device))
-        if not isinstance(start, int):
-            cos, sin = cos[:, None], sin[:, None]
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
         low, high, rest = x.split(
             (self.n_rotated // 2, self.n_rotated // 2, x.shape[-1] - self.n_rotated), dim=-1
         )

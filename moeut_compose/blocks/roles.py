@@ -115,7 +115,7 @@ class Position(nn.Module, ABC):
 
     @abstractmethod
     def rotate(self, x: Tensor, start: Start) -> Tensor:
-        """Queries or keys `[B, H, T, d_head]` at positions `start, start + 1, ...`, transformed."""
+        """Queries or keys `[B, T, H, d_head]` at positions `start, start + 1, ...`, transformed."""
 
     @abstractmethod
     def bias(self, query: Tensor, start: Start, n_keys: int) -> Tensor | None:
