@@ -159,7 +159,8 @@ class SwitchHead(Mixer):
         if len(plain) < 2 or self.query.lora_down is not None or x.is_meta or not torch.is_grad_enabled():
             return None
         q, k, *scores = joint_linear(x, self.query.weight, self.key.weight, *plain.values())
-        return q, k, dict(zip(plain, scores, strict=True))
+        # copies: views that the backward keeps would keep the whole product
+        return q, k, {name: part.contiguous() for name, part in zip(plain, scores, strict=True)}
 
     def _plan(self, routing: Routing, alive: Alive | None = None) -> tuple[mk.Plan, Tensor]:
         """Kernel plan and gates `[N, H, K]` of a choice per head, for the tokens that run."""
