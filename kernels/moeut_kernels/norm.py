@@ -129,7 +129,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _placeholder(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return like.new_zeros((), dtype=dtype).expand(shape)
+    return like.new_empty((), dtype=dtype).expand(shape)  # nobody reads it: not worth a kernel that fills it
 
 
 def _placeholders(
@@ -267,7 +267,7 @@ _op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor residual, Tensor? placeholder, Tensor? addend, Tensor weight, Tensor? bias, float eps, bool center,"
-    " ScalarType dtype, int[] shares, str backend)"
+    " ScalarType dtype, SymInt[] shares, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
