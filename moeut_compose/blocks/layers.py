@@ -25,7 +25,7 @@ class Run(NamedTuple):
     hidden: Tensor
     """`[B, T, D]`"""
     stats: Stats
-    memory: Memory
+    memory: Memory | None
 
 
 class Layer(nn.Module):

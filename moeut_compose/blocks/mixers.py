@@ -64,7 +64,9 @@ class Attention(Mixer):
         v = split_heads(self.value(value, call.repeat), self.n_heads)
         memory = remember(k, v, past, call.start)
         mixed = attend(q, memory, position=self.position, start=call.start)
-        return Mixed(self.output(mixed.transpose(1, 2).flatten(2), call.repeat), {}, memory)
+        return Mixed(
+            self.output(mixed.transpose(1, 2).flatten(2), call.repeat), {}, memory if call.remember else None
+        )
 
 
 class SwitchHead(Mixer):
@@ -150,7 +152,7 @@ class SwitchHead(Mixer):
         memory = remember(k, v, past, call.start)
         mixed = attend(q, memory, position=self.position, start=call.start)
         output, output_stats = self._outputs(query, mixed, call, known.get("output"))
-        return Mixed(output, stats | output_stats, memory)
+        return Mixed(output, stats | output_stats, memory if call.remember else None)
 
     def _joint_products(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
         """Queries, keys and what the routers make their scores of, in one product; None where that does not pay."""
@@ -275,4 +277,8 @@ class MixtureOfAttention(Mixer):
         merged = mixed.transpose(1, 2).reshape(batch * length, chosen, -1)
         output = mk.expert_merge(running(merged, alive), self.output, plan, gate, cast=call.copy_of("output"))
         output = everyone(output, alive)
-        return Mixed(output.view(batch, length, d_model), under("router", routing.stats), memory)
+        return Mixed(
+            output.view(batch, length, d_model),
+            under("router", routing.stats),
+            memory if call.remember else None,
+        )

@@ -56,6 +56,8 @@ class Call(NamedTuple):
     """Position of the first new token, or of that of each sequence."""
     alive: Alive | None = None
     """Who runs; None for everyone."""
+    remember: bool = True
+    """Whether a later call will want the keys and values: what is returned for nobody still gets gradients."""
     copies: Copies | None = None
     """Expert weights of the layer in the dtype of autocast, by name; None to make them when they are needed."""
 
@@ -99,8 +101,8 @@ class Mixed(NamedTuple):
     output: Tensor
     """`[B, T, D]`, to be added to the residual stream; if asked for, `[B, T, H, D]` parts of it (`Call.apart`)."""
     stats: Stats
-    memory: Memory
-    """Keys and values of all positions seen so far."""
+    memory: Memory | None
+    """Keys and values of all positions seen so far, if they are to be remembered."""
 
 
 class Position(nn.Module, ABC):

@@ -78,13 +78,13 @@ class Stage(nn.Module):
         stats: Stats = {}
         by_repeat: Repeats = {}
         memories: list[Memory] = []
-        call = Call(repeat=-1, start=start)
+        call = Call(repeat=-1, start=start, remember=remember)
         for application, (member, repeat) in enumerate(self.schedule):
             hidden, context = state.hidden, state.context
             if repeat != call.repeat:
                 if repeat > 0:
                     state = self.halting.decide(state, repeat)
-                call = Call(repeat, start, self._alive(state))
+                call = Call(repeat, start, self._alive(state), remember)
                 hidden, context = self._enter(state, x, call)
             memory = past[application] if past else None
             given = call._replace(copies=copies[member], tickets=next(tickets[member], None))
@@ -92,7 +92,7 @@ class Stage(nn.Module):
             state = self.halting.absorb(state, hidden)
             seen = under(f"layers.{member}", seen)
             stats, by_repeat = pool(stats, seen), append(by_repeat, seen)
-            if remember:
+            if memory is not None:
                 memories.append(memory)
         output, halting_losses, halting_stats = self.halting.finish(state)
         losses = under("halting", halting_losses) | self._balance_losses(stats)
