@@ -138,12 +138,14 @@ def test_gradients_that_nobody_wants(cases, op, frozen):
         assert torch.equal(full[name].grad, partial[name].grad), name
 
 
-def test_plan_groups_slots_by_expert():
-    index = torch.randint(0, 7, (11, 3, 2))
+@pytest.mark.parametrize("n_tokens", [11, 1366, 5461])
+def test_plan_groups_slots_by_expert(n_tokens: int):
+    """Few slots, and as many as are filled up to be sorted by radix: 8196 and 32766."""
+    index = torch.randint(0, 7, (n_tokens, 3, 2))
     plan = mk.plan(index, 7)
     flat = index.flatten()
     assert torch.equal(plan.slots.long(), flat.argsort(stable=True))
-    assert torch.equal(plan.position[plan.slots.long()], torch.arange(66, dtype=torch.int32))
+    assert torch.equal(plan.position[plan.slots.long()], torch.arange(6 * n_tokens, dtype=torch.int32))
     assert torch.equal(plan.offsets.diff(), torch.bincount(flat, minlength=7).int())
     assert plan.n_experts == 7
 
