@@ -29,7 +29,7 @@ def loop_over_experts(form: str = "loop") -> Iterator[None]:
     indexed = form == "loop_indexed"
 
     def feedforward(x, w_up, w_down, plan, gate, **options):  # type: ignore[no-untyped-def]
-        for name in ("casts", "tickets"):
+        for name in ("casts", "tickets", "shares"):
             options.pop(name, None)
         residual = options.pop("residual", None)
         out = looped_feedforward(x, w_up, w_down, plan.index, gate, indexed=indexed, **options)
