@@ -31,10 +31,14 @@ class Run(NamedTuple):
 class Layer(nn.Module):
     """A mixer, a feedforward and two norms; a subclass places the norms."""
 
+    adds_parts: bool
+    """Let the norm after the mixer add up the parts of its output, where it can. They are large to be kept."""
+
     def __init__(
         self, mixer: Mixer, feedforward: FeedForward, mixer_norm: Norm, feedforward_norm: Norm
     ) -> None:
         super().__init__()
+        self.adds_parts = True
         self.mixer_norm = mixer_norm
         self.mixer = mixer
         self.feedforward_norm = feedforward_norm
@@ -140,7 +144,7 @@ class PeriNormLayer(Layer):
         shape, rows = hidden.shape, hidden.flatten(0, 1)
         fan = self.mixer_norm.fan(rows, call.repeat, shares=self.mixer.shares(hidden, of_mixer.copies))
         normed, data = fan.normed.view(shape), fan.data.view(shape)
-        of_mixer = of_mixer._replace(shares=fan.shares, apart=True)
+        of_mixer = of_mixer._replace(shares=fan.shares, apart=self.adds_parts)
         output, mixer_stats, memory = self.mixer(normed, normed, data, of_mixer, past)
         shares = self.feedforward.shares(hidden, of_feedforward.copies)
         fan = self.feedforward_norm.fan(fan.residual, call.repeat, addend=output.flatten(0, 1), shares=shares)

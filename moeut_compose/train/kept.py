@@ -66,6 +66,9 @@ def trace_kept(
 ) -> Kept:
     """Trace two and three sequences of `context` tokens; the difference is what every further one adds."""
     model = build_model(spec, device="meta").train()
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.adds_parts = False  # as where products are kept; elsewhere nobody keeps their results
 
     def measure(batch: int) -> dict[ActivationCheckpointing, int]:
         trace = _run(model, batch, context, precision, device_type=device_type, compiled=compiled)

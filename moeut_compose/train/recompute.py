@@ -70,6 +70,7 @@ def checkpoint_layers(model: LanguageModel, mode: ActivationCheckpointing) -> No
         defer_gradients(model, False)
     for module in model.modules():
         if isinstance(module, Layer):
+            module.adds_parts = mode != "selective"  # which keeps what products return
             module.forward = recomputed(module.forward, mode)  # type: ignore[method-assign]
 
 
