@@ -109,10 +109,10 @@ def n_pairs(index: Tensor, n_experts: int, n_local: int, backend: str) -> int:
 
 
 def _order(flat: Tensor, largest: int) -> Tensor:
-    """Stable order of numbers below `largest`. On a CPU a few are filled up to as many as PyTorch sorts by radix."""
+    """Stable order of numbers below `largest`. On a CPU many are filled up to as many as PyTorch sorts by radix."""
     n = flat.numel()
-    if flat.device.type == "cpu" and RADIX_FROM // 4 <= n < RADIX_FROM:
-        flat = torch.nn.functional.pad(flat, (0, RADIX_FROM - n), value=largest)
+    if flat.device.type == "cpu" and RADIX_FROM // 2 <= n < RADIX_FROM:
+        flat = torch.nn.functional.pad(flat.int(), (0, RADIX_FROM - n), value=largest)
     return flat.argsort(stable=True)[:n]
 
 

@@ -138,16 +138,17 @@ def test_gradients_that_nobody_wants(cases, op, frozen):
         assert torch.equal(full[name].grad, partial[name].grad), name
 
 
-@pytest.mark.parametrize("n_tokens", [11, 1366, 5461])
-def test_plan_groups_slots_by_expert(n_tokens: int):
-    """Few slots, and as many as are filled up to be sorted by radix: 8196 and 32766."""
-    index = torch.randint(0, 7, (n_tokens, 3, 2))
-    plan = mk.plan(index, 7)
+@pytest.mark.parametrize("n_tokens", [11, 2731, 5461])
+@pytest.mark.parametrize(("dtype", "n_experts"), [(torch.int64, 7), (torch.int8, 128)])
+def test_plan_groups_slots_by_expert(n_tokens: int, dtype: torch.dtype, n_experts: int):
+    """Few slots, and as many as are filled up to be sorted by radix: 16386 and 32766."""
+    index = torch.randint(0, n_experts, (n_tokens, 3, 2)).to(dtype)
+    plan = mk.plan(index, n_experts)
     flat = index.flatten()
     assert torch.equal(plan.slots.long(), flat.argsort(stable=True))
     assert torch.equal(plan.position[plan.slots.long()], torch.arange(6 * n_tokens, dtype=torch.int32))
-    assert torch.equal(plan.offsets.diff(), torch.bincount(flat, minlength=7).int())
-    assert plan.n_experts == 7
+    assert torch.equal(plan.offsets.diff(), torch.bincount(flat, minlength=n_experts).int())
+    assert plan.n_experts == n_experts
 
 
 class TestErrors:
