@@ -7,6 +7,8 @@ is the mixture of halted and running states (see `halting.py`).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import moeut_kernels as mk
@@ -31,14 +33,16 @@ class Run(NamedTuple):
 class Layer(nn.Module):
     """A mixer, a feedforward and two norms; a subclass places the norms."""
 
+    in_one_pass: bool
+    """Let norms take sums and casts around them along, where that pays; hooks on the norms are not called then."""
     adds_parts: bool
-    """Let the norm after the mixer add up the parts of its output, where it can. They are large to be kept."""
+    """Let the norm after the mixer add up the parts of its output, too. They are large to be kept."""
 
     def __init__(
         self, mixer: Mixer, feedforward: FeedForward, mixer_norm: Norm, feedforward_norm: Norm
     ) -> None:
         super().__init__()
-        self.adds_parts = True
+        self.in_one_pass = self.adds_parts = True
         self.mixer_norm = mixer_norm
         self.mixer = mixer
         self.feedforward_norm = feedforward_norm
@@ -134,7 +138,7 @@ class PeriNormLayer(Layer):
         self, hidden: Tensor, context: Tensor, call: Call | None = None, past: Memory | None = None
     ) -> Run:
         call = Call() if call is None else call
-        if context is not hidden or call.alive is not None or not mk.fans(hidden):
+        if not self.in_one_pass or context is not hidden or call.alive is not None or not mk.fans(hidden):
             return super().forward(hidden, context, call, past)
         return self._fanned(hidden, call, past)
 
@@ -155,3 +159,17 @@ class PeriNormLayer(Layer):
             residual=fan.residual.view(shape),
         )
         return Run(x, under("mixer", mixer_stats) | under("feedforward", feedforward_stats), memory)
+
+
+@contextmanager
+def step_by_step(model: nn.Module) -> Iterator[None]:
+    """Inside, layers of `model` take sums, norms and casts one by one, so that hooks see every module."""
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    before = [layer.in_one_pass for layer in layers]
+    try:
+        for layer in layers:
+            layer.in_one_pass = False
+        yield
+    finally:
+        for layer, in_one_pass in zip(layers, before, strict=True):
+            layer.in_one_pass = in_one_pass

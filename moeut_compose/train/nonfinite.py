@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moeut_compose.blocks.layers import step_by_step
 from moeut_compose.blocks.model import ModelOutput
 from moeut_compose.train.parallel import own_part
 
@@ -49,7 +50,8 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
         if parameter.requires_grad
     ]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
+        # compiled code would not call the hooks, nor would norms that take sums along
+        with torch.compiler.set_stance("force_eager"), step_by_step(model):
             run()
     finally:
         for hook in hooks:

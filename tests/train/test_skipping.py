@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import moeut_kernels as mk
 import pytest
 import torch
 
@@ -162,6 +163,15 @@ def test_the_first_nonfinite_tensor_has_a_name(spec: ModelSpec) -> None:
     with torch.no_grad():
         trainer.model.get_parameter("stages.0.layers.0.feedforward.down")[0, 0, 0] = float("nan")
     assert find(trainer) == "weight stages.0.layers.0.feedforward.down"
+
+
+def test_norms_that_take_sums_along_have_names_too(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Triton trains."""
+    monkeypatch.setattr(mk, "fans", lambda x: torch.is_grad_enabled())
+    trainer = make_trainer(spec)
+    norm = trainer.model.get_submodule("stages.0.layers.1.feedforward_norm")
+    norm.register_forward_hook(lambda m, i, out: out * float("inf"))
+    assert find(trainer) == "output of stages.0.layers.1.feedforward_norm (LayerNorm)"
 
 
 def test_the_search_leaves_no_hooks(spec: ModelSpec) -> None:
