@@ -91,9 +91,9 @@ def norm_fan(
 
     x: [N, D], or what an earlier call carried on. weight, bias: [D]. center: layer normalisation (arXiv:1607.06450);
     without, mean is zero: root-mean-square normalisation (arXiv:1910.07467). addend: [N, D] or [N, H, D]. shares: what
-    the expert op that gets `Fan.shares` hands back. Sums and statistics are formed in float32 at least; the backward
-    reads the copy instead of the stream, which is not kept. Raises `ValueError` for shapes that do not fit, and where a
-    stream that was carried on gets no addend.
+    the expert op that gets `Fan.shares` hands back. Sums and statistics are formed in float32 at least; where there is
+    a copy, the backward reads it instead of the stream, which is not kept. Raises `ValueError` for shapes that do not
+    fit, and where a stream that was carried on gets no addend.
     """
     stream, placeholder = x if isinstance(x, Carried) else (x, None)
     _check(stream, weight, bias, addend)
@@ -153,7 +153,8 @@ def _forward(
 
         made = triton_norm.fan(residual, addend, weight, bias, eps, center, dtype)
         return *made, *_placeholders(residual, addend, dtype, shares)
-    wide = _wide(residual) if addend is None else _wide(residual) + _wide(addend).sum(1)
+    wide = _wide(residual.contiguous())
+    wide = wide if addend is None else wide + addend.to(wide.dtype).sum(1)
     mean = wide.mean(1) if center else wide.new_empty(0)
     away = wide - mean[:, None] if center else wide
     scale = (away.square().mean(1) + eps).rsqrt()
@@ -197,7 +198,8 @@ def _backward(
         return triton_norm.fan_backward(
             passing, d_normed, rows, position, terms, source, weight, mean, scale, center, dtype, low_dtype
         )
-    total = scale.new_zeros(source.shape) if passing is None else _wide(passing)
+    source = source.contiguous()
+    total = scale.new_zeros(source.shape) if passing is None else _wide(passing.contiguous())
     affine = scale.new_zeros(2, 0 if d_normed is None else width)
     if d_normed is not None:
         away = _wide(source) - mean[:, None] if center else _wide(source)
@@ -208,7 +210,7 @@ def _backward(
         affine = torch.stack(((dy * unit).sum(0), dy.sum(0)))
     if rows is not None:
         ordered = rows if position is None else rows.index_select(0, position)
-        total = total + _wide(ordered).view(n_tokens, terms, -1)[..., :width].sum(1)
+        total = total + _wide(ordered).view(n_tokens, terms, rows.shape[1])[..., :width].sum(1)
     low = source.new_empty(0) if low_dtype is None else total.to(low_dtype, copy=True)
     return total.to(dtype, copy=True), low, affine
 

@@ -34,7 +34,7 @@ def stream(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def test_reads_of_the_data_come_back_too():
-    """A reader that hands back an ordinary gradient, alone and beside rows of experts."""
+    """What reads the residual hands back an ordinary gradient beside rows of experts."""
     x, weight = stream(), torch.randn(10, dtype=torch.float64)
     rows = torch.randn(12, 10, dtype=torch.float64)
     fan = mk.norm_fan(x, weight, eps=1e-5, addend=x.detach(), shares=mk.ShareShape(12, 10, listed=False))
@@ -80,9 +80,42 @@ def test_opcheck():
     for arguments in (
         (x, None, None, weight, bias, 1e-5, True, torch.bfloat16, [12, 16, 1], "torch"),
         (x, None, addend, weight, None, 1e-5, False, torch.float32, [], "torch"),
+        (
+            x.detach().t().contiguous().t(),
+            None,
+            addend.double(),
+            weight,
+            None,
+            1e-5,
+            True,
+            torch.bfloat16,
+            [],
+            "torch",
+        ),
     ):
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.moeut.norm_fan, arguments, test_utils=tests)
+
+
+def test_opcheck_backward():
+    x, weight = torch.randn(10, 6).t(), torch.randn(10)
+    mean, scale, rows = torch.randn(6), torch.rand(6), torch.randn(12, 16)
+    order = torch.randperm(12, dtype=torch.int32)
+    for arguments in (
+        (x, x, rows, order, x, weight, mean, scale, True, torch.float32, torch.bfloat16, "torch"),
+        (None, None, rows, None, x, weight, mean, scale, True, torch.float32, None, "torch"),
+        (x, x, None, None, x, weight, mean[:0], scale, False, torch.float32, None, "torch"),
+    ):
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.moeut.norm_fan_backward, arguments, test_utils=tests)
+
+
+def test_no_tokens():
+    x, weight = stream(torch.float32), torch.ones(10, requires_grad=True)
+    none = x.detach()[:0].requires_grad_()
+    fan = mk.norm_fan(none, weight, eps=1e-5, addend=none.detach(), shares=mk.ShareShape(0, 16, listed=False))
+    torch.autograd.backward([fan.normed, fan.shares.rows], [fan.normed.detach(), torch.empty(0, 16)])
+    assert none.grad.shape == (0, 10) and torch.equal(weight.grad, torch.zeros(10))
 
 
 def test_compiles_to_one_graph():
