@@ -4,7 +4,8 @@ The step is run on fake tensors: shapes and dtypes without memory, autocast and 
 what it saves. What compiled layers save instead follows by four rules, which the partitioner of `torch.compile` obeys:
 
 - a tensor that several products read is cast once (eager mode casts for each of them);
-- inside a layer, the output of a block is kept in the dtype of products, and the residual sum formed again;
+- inside a layer, the output of a block is kept in the dtype of products, and the residual sum formed again (where sum
+  and norm are one pass, neither is kept in either mode);
 - a router keeps its scores instead of their float32 softmax;
 - the backward of ReLU in a dense feedforward reads a mask of one byte.
 

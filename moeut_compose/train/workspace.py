@@ -59,7 +59,9 @@ def _mixer(spec: MixerSpec, d_model: int, rows: int) -> int:
         case AttentionSpec():
             return inner
         case SwitchHeadSpec():
-            in_pairs = spec.top_k == 2 and rows == 1  # such products are added up where they are made
+            in_pairs = (
+                spec.top_k == 2 and rows == 1
+            )  # such products are added up in pairs; a row for each head is less than experts need
             return inner + (0 if in_pairs else spec.n_heads * spec.top_k * rows * d_model)
         case MixtureOfAttentionSpec():
             return inner + spec.n_active * rows * d_model

@@ -33,21 +33,21 @@ TINY = [found.name for found in list_specs("architectures") if found.name.endswi
 WIDE = ["stages.0.layers.0.feedforward.d_ff=4096"]
 MEASURED = [
     ("dense_44m", [], "compiled, graph", "none", 8.23),
-    ("moeut_44m", [], "compiled, graph", "none", 9.02),
+    ("moeut_44m", [], "compiled, graph", "none", 8.00),
     ("dense_244m", WIDE, "compiled, graph", "none", 19.02),
     ("dense_244m", WIDE, "compiled", "none", 21.89),
     ("moeut_244m", [], "compiled, graph", "none", 14.34),
-    ("moeut_244m", [], "compiled, graph", "selective", 14.24),
+    ("moeut_244m", [], "compiled, graph", "selective", 13.88),
     ("moeut_244m", [], "compiled, graph", "full", 7.18),
     ("moeut_244m", [], "compiled", "none", 16.03),
     ("moeut_244m", [], "eager", "none", 16.30),
-    ("moeut_244m", [], "eager", "selective", 16.34),
+    ("moeut_244m", [], "eager", "selective", 16.16),
     ("moeut_244m", [], "eager", "full", 8.87),
     ("dense_1b", [], "compiled, graph", "none", 57.53),
     ("moeut_1b", [], "compiled, graph", "none", 42.89),
 ]
 """GiB at the peak of a step on an NVIDIA H100 80GB HBM3, batch 32 x 1024, bf16: docs/counting.md."""
-WITHIN = {"moeut_44m": 0.1}
+WITHIN = {"moeut_44m": 0.14}
 """Relative error where it is not 5 %: padded copies of what odd widths read are not in the estimate."""
 
 
