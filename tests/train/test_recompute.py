@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import moeut_kernels as mk
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeut_compose.blocks.layers import Layer
 from moeut_compose.blocks.model import LanguageModel
 from moeut_compose.blocks.roles import Router, Routing
 from moeut_compose.blocks.routers import LinearRouter
@@ -87,6 +89,26 @@ def test_gradients_and_statistics_are_those_of_a_layer_that_keeps_everything(
         recompute.defer_gradients(plain, False)
     checkpoint_layers(checkpointed, mode)
     assert_same(backward(checkpointed, autocast=autocast), backward(plain, autocast=autocast))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_the_same_where_norms_take_sums_along(
+    autocast: bool, mode: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Triton trains. `selective` adds up heads apart, so the layer that keeps everything does here, too."""
+    monkeypatch.setattr(mk, "fans", lambda x: torch.is_grad_enabled())
+    plain, checkpointed = small("moeut"), small("moeut")
+    if mode == "full":
+        recompute.defer_gradients(plain, False)
+    for module in plain.modules():
+        if isinstance(module, Layer):
+            module.adds_parts = mode != "selective"
+    checkpoint_layers(checkpointed, mode)
+    with Calls() as calls:
+        ours = backward(checkpointed, autocast=autocast)
+    assert calls.count["moeut::norm_fan_backward"] == 2 * len(checkpointed.stages[0].schedule)
+    assert_same(ours, backward(plain, autocast=autocast))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
