@@ -13,6 +13,10 @@ from torch.nn import functional as F
 class Norm(nn.Module, ABC):
     """Normalisation over the last dimension."""
 
+    eps: float
+    centers: bool
+    """Whether the mean is taken away."""
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Set the weights to the identity."""
@@ -22,6 +26,9 @@ class Norm(nn.Module, ABC):
         """Normalise `x [..., D]` with the weights of pass `repeat`."""
 
     @abstractmethod
+    def affine(self, repeat: int) -> tuple[Tensor, Tensor | None]:
+        """Weight `[D]` and bias `[D]`, if there is one, of pass `repeat`."""
+
     def fan(
         self,
         x: Tensor | mk.Carried,
@@ -31,10 +38,14 @@ class Norm(nn.Module, ABC):
         shares: mk.ShareShape | None = None,
     ) -> mk.Fan:
         """The norm with all that lies around it in one pass, see `moeut_kernels.norm_fan`; `x [N, D]`."""
+        weight, bias = self.affine(repeat)
+        return mk.norm_fan(x, weight, bias, eps=self.eps, center=self.centers, addend=addend, shares=shares)
 
 
 class LayerNorm(Norm):
     """Layer normalisation with weight and bias."""
+
+    centers = True
 
     def __init__(self, d_model: int, *, eps: float, n_repeats: int | None = None) -> None:
         super().__init__()
@@ -47,24 +58,18 @@ class LayerNorm(Norm):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        weight, bias = _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+    def affine(self, repeat: int) -> tuple[Tensor, Tensor]:
+        return _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
 
-    def fan(
-        self,
-        x: Tensor | mk.Carried,
-        repeat: int,
-        *,
-        addend: Tensor | None = None,
-        shares: mk.ShareShape | None = None,
-    ) -> mk.Fan:
-        weight, bias = _of_pass(self.weight, repeat), _of_pass(self.bias, repeat)
-        return mk.norm_fan(x, weight, bias, eps=self.eps, addend=addend, shares=shares)
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        weight, bias = self.affine(repeat)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class RMSNorm(Norm):
     """Root-mean-square normalisation with a weight."""
+
+    centers = False
 
     def __init__(self, d_model: int, *, eps: float, n_repeats: int | None = None) -> None:
         super().__init__()
@@ -74,20 +79,12 @@ class RMSNorm(Norm):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        weight = _of_pass(self.weight, repeat)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def affine(self, repeat: int) -> tuple[Tensor, None]:
+        return _of_pass(self.weight, repeat), None
 
-    def fan(
-        self,
-        x: Tensor | mk.Carried,
-        repeat: int,
-        *,
-        addend: Tensor | None = None,
-        shares: mk.ShareShape | None = None,
-    ) -> mk.Fan:
-        weight = _of_pass(self.weight, repeat)
-        return mk.norm_fan(x, weight, eps=self.eps, center=False, addend=addend, shares=shares)
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        weight, _ = self.affine(repeat)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def _of_pass(weight: Tensor, repeat: int) -> Tensor:
