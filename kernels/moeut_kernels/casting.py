@@ -24,6 +24,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def wide_float(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is: what sums and statistics are formed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def cast_weights(*weights: Tensor, dtype: torch.dtype, padded: bool = False) -> tuple[Tensor, ...]:
     """Copies without gradient to hand to the ops as `casts`, made once a step and used by every application.
 

@@ -79,7 +79,7 @@ class _Deferred(torch.autograd.Function):
             return (None,) * 6
         lefts, rights, slots, offsets = (list(part) for part in zip(*handed_in, strict=True))
         gradient = torch.ops.moeut.deferred_gradient(
-            lefts, rights, [integers(s) for s in slots], [integers(o) for o in offsets],
+            lefts, rights, [as_integers(s) for s in slots], [as_integers(o) for o in offsets],
             ctx.shape, *ctx.per, ctx.dtype, resolve(lefts[0]),
         )  # fmt: skip
         return gradient, *(None,) * 5
@@ -90,7 +90,8 @@ def as_message(integers: Tensor) -> Tensor:
     return integers.contiguous().view(torch.float32)
 
 
-def integers(message: Tensor) -> Tensor:
+def as_integers(message: Tensor) -> Tensor:
+    """The int32 tensor whose bits a message holds, in its memory."""
     return message.contiguous().view(torch.int32)
 
 

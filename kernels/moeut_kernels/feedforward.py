@@ -231,22 +231,8 @@ def _backward(
 
         masters = (w_up, w_down)
         return triton_feedforward.backward(
-            grad,
-            x,
-            up,
-            down,
-            masters,
-            gate,
-            b_up,
-            b_down,
-            routing,
-            hidden,
-            pre,
-            activation,
-            wants,
-            hand_in,
-            sum_x,
-        )
+            grad, x, up, down, masters, gate, b_up, b_down, routing, hidden, pre, activation, wants, hand_in, sum_x
+        )  # fmt: skip
     index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in wants)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moeut_kernels.backend import resolve
-from moeut_kernels.casting import compute_dtype
-from moeut_kernels.deferral import integers
+from moeut_kernels.casting import compute_dtype, wide_float
+from moeut_kernels.deferral import as_integers
 
 WIDEST = 8192
 """Most columns: a program holds a whole row."""
@@ -30,10 +30,6 @@ class Shares(NamedTuple):
 
     rows: Tensor
     position: Tensor
-
-    @property
-    def listed(self) -> bool:
-        return self.position.numel() > 0
 
 
 class ShareShape(NamedTuple):
@@ -124,10 +120,6 @@ def _check(stream: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor |
             )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _placeholder(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return like.new_empty((), dtype=dtype).expand(shape)  # nobody reads it: not worth a kernel that fills it
 
@@ -153,13 +145,13 @@ def _forward(
 
         made = triton_norm.fan(residual, addend, weight, bias, eps, center, dtype)
         return *made, *_placeholders(residual, addend, dtype, shares)
-    wide = _wide(residual.contiguous())
+    wide = wide_float(residual.contiguous())
     wide = wide if addend is None else wide + addend.to(wide.dtype).sum(1)
     mean = wide.mean(1) if center else wide.new_empty(0)
     away = wide - mean[:, None] if center else wide
     scale = (away.square().mean(1) + eps).rsqrt()
-    normed = away * scale[:, None] * _wide(weight)
-    normed = normed if bias is None else normed + _wide(bias)
+    normed = away * scale[:, None] * wide_float(weight)
+    normed = normed if bias is None else normed + wide_float(bias)
     total = residual.new_empty(0) if addend is None else wide.to(residual.dtype)
     low = residual.new_empty(0, dtype=dtype) if dtype == residual.dtype else wide.to(dtype)
     return (
@@ -199,18 +191,18 @@ def _backward(
             passing, d_normed, rows, position, terms, source, weight, mean, scale, center, dtype, low_dtype
         )
     source = source.contiguous()
-    total = scale.new_zeros(source.shape) if passing is None else _wide(passing.contiguous())
+    total = scale.new_zeros(source.shape) if passing is None else wide_float(passing.contiguous())
     affine = scale.new_zeros(2, 0 if d_normed is None else width)
     if d_normed is not None:
-        away = _wide(source) - mean[:, None] if center else _wide(source)
-        unit, dy = away * scale[:, None], _wide(d_normed)
-        g = dy * _wide(weight)
+        away = wide_float(source) - mean[:, None] if center else wide_float(source)
+        unit, dy = away * scale[:, None], wide_float(d_normed)
+        g = dy * wide_float(weight)
         inner = g - unit * (g * unit).mean(1, keepdim=True)
         total = total + scale[:, None] * (inner - g.mean(1, keepdim=True) if center else inner)
         affine = torch.stack(((dy * unit).sum(0), dy.sum(0)))
     if rows is not None:
         ordered = rows if position is None else rows.index_select(0, position)
-        total = total + _wide(ordered).view(n_tokens, terms, rows.shape[1])[..., :width].sum(1)
+        total = total + wide_float(ordered).view(n_tokens, terms, rows.shape[1])[..., :width].sum(1)
     low = source.new_empty(0) if low_dtype is None else total.to(low_dtype, copy=True)
     return total.to(dtype, copy=True), low, affine
 
@@ -251,7 +243,7 @@ def _differentiate(
     listed = position is not None and position.numel() > 0
     wants_low = ctx.addend is not None and ctx.addend[0] != ctx.dtype
     d_stream, low, affine = torch.ops.moeut.norm_fan_backward(
-        passing, d_normed, rows, integers(position) if listed else None, source, weight, mean, scale, ctx.center,
+        passing, d_normed, rows, as_integers(position) if listed else None, source, weight, mean, scale, ctx.center,
         ctx.dtype, ctx.addend[0] if wants_low else None, ctx.backend,
     )  # fmt: skip
     d_addend = d_weight = d_bias = None

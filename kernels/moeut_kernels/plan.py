@@ -84,6 +84,17 @@ def plan(index: Tensor, n_experts: int, *, disjoint: bool = False) -> Plan:
     return Plan(index, *torch.ops.moeut.plan(index, n_experts, n_local, resolve(index)))
 
 
+def slots_per_row(merge: bool, index: Tensor, *, apart: bool = False) -> tuple[int, int]:
+    """How many slots read one input row, and how many add up in one output row, of a product with `index` [N, H, K].
+
+    A split reads a token for all groups and adds up one group, a merge the other way round. apart: the side of whole
+    tokens is taken group by group, too.
+    """
+    _, n_groups, top_k = index.shape
+    of_token = top_k if apart else n_groups * top_k
+    return (top_k, of_token) if merge else (of_token, top_k)
+
+
 def n_tiles(n_slots: int, n_experts: int, rows: int = TILE_ROWS) -> int:
     """Upper bound of row tiles: full ones, and one ragged tile for each expert that can have a slot."""
     return n_slots // rows + min(n_experts, n_slots)
@@ -108,11 +119,11 @@ def n_pairs(index: Tensor, n_experts: int, n_local: int, backend: str) -> int:
     )
 
 
-def _order(flat: Tensor, largest: int) -> Tensor:
-    """Stable order of numbers below `largest`. On a CPU many are filled up to as many as PyTorch sorts by radix."""
+def _order(flat: Tensor, n_experts: int) -> Tensor:
+    """Stable order of chosen experts. On a CPU many are filled up to as many as PyTorch sorts by radix."""
     n = flat.numel()
     if flat.device.type == "cpu" and RADIX_FROM // 2 <= n < RADIX_FROM:
-        flat = torch.nn.functional.pad(flat.int(), (0, RADIX_FROM - n), value=largest)
+        flat = torch.nn.functional.pad(flat.int(), (0, RADIX_FROM - n), value=n_experts)
     return flat.argsort(stable=True)[:n]
 
 

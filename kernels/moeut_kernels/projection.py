@@ -19,7 +19,7 @@ from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
 from moeut_kernels.norm import Shares, ShareShape
-from moeut_kernels.plan import Plan
+from moeut_kernels.plan import Plan, slots_per_row
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? cast, Tensor? gate, Tensor? bias"
 _ROUTING = (
@@ -146,12 +146,6 @@ def _check(
         raise ValueError(f"bias must be {(weight.shape[0], weight.shape[2])}, got {tuple(bias.shape)}")
 
 
-def _slots_per_row(merge: bool, index: Tensor) -> tuple[int, int]:
-    """How many slots read one input row, and how many add up in one output row."""
-    _, n_groups, top_k = index.shape
-    return (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
-
-
 def _forward(
     merge: bool,
     x: Tensor,
@@ -171,8 +165,7 @@ def _forward(
 
         return triton_projection.forward(merge, x, matrix, gate, bias, routing, save, summed)
     index, slots, position, offsets, *_ = routing
-    per_input, per_output = _slots_per_row(merge and summed, index)
-    per_input = index.shape[2] if merge else per_input
+    per_input, per_output = slots_per_row(merge, index, apart=not summed)
     rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
     products = reference.grouped_rows(rows, matrix.contiguous(), offsets, backend)
     if bias is not None:
@@ -211,7 +204,7 @@ def _backward(
             merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in, sum_x
         )
     index, slots, position, offsets, *_ = routing
-    per_input, per_output = _slots_per_row(merge, index)
+    per_input, per_output = slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x, d_weight, d_gate, d_bias = (grad.new_empty(0) for _ in wants)
     flat = grad.reshape(-1, grad.shape[-1])
@@ -223,7 +216,7 @@ def _backward(
     if needs_rows:
         rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
     if want_x:
-        terms = per_input if sum_x else index.shape[2]
+        terms, _ = slots_per_row(merge, index, apart=not sum_x)
         gates = None if gate is None else gate.reshape(-1, terms)
         d_x = reference.gather_sum(back, position.view(-1, terms), gates)
         d_x = d_x.view(x.shape) if sum_x else d_x

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm
 
+from moeut_kernels.casting import wide_float
+
 
 def _grouped_mm_takes(*operands: Tensor) -> bool:
     """PyTorch's grouped matmul wants 16-byte rows and 16-byte aligned data. On CPU its float16 path is very slow."""
@@ -74,7 +76,7 @@ def gather_sum(rows: Tensor, position: Tensor, gate: Tensor | None = None) -> Te
 
 def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the rows of each expert: rows [S, F] -> [E, F], in at least float32."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = wide_float(rows)
     if rows.numel() == 0:
         return rows.new_zeros(offsets.shape[0] - 1, rows.shape[1])
     return torch.segment_reduce(rows, "sum", lengths=offsets.diff().long(), axis=0)

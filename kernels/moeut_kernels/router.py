@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from moeut_kernels.backend import resolve
+from moeut_kernels.casting import wide_float
 
 ALIGNMENT = 8
 """Logits are padded to a multiple of this many columns on CUDA: cuBLAS is several times slower on an odd number."""
@@ -63,13 +64,9 @@ def _topk(
         return torch.ops.moeut.topk(logits, top_k, n_experts, score, usage)
     logits = logits[..., :n_experts]
     chosen, index = logits.topk(top_k, dim=-1)
-    chosen = _widened(chosen)
+    chosen = wide_float(chosen)
     gate = torch.sigmoid(chosen) if score == "sigmoid" else torch.softmax(chosen, -1)
-    return index, gate, _widened(logits).softmax(-1).sum(1) if usage else gate.new_empty(0)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return index, gate, wide_float(logits).softmax(-1).sum(1) if usage else gate.new_empty(0)
 
 
 def _by_token(logits: Tensor) -> Tensor:

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from moeut_kernels.triton_tiles import interpreted
 
-RESIDENT = {1024: (6, 80), 2048: (4, 128), 4096: (2, 128), 8192: (1, 128)}
-"""Programs of the backward on a multiprocessor, and registers of a thread that let as many stay, by columns up to.
+RESIDENT = {
+    128: (1, 6, 80),
+    256: (2, 6, 80),
+    1024: (4, 6, 80),
+    2048: (4, 4, 128),
+    4096: (8, 2, 128),
+    8192: (16, 1, 128),
+}
+"""By columns up to: warps of a program of the backward, how many are started on a multiprocessor, and registers of a
+thread that let as many stay there.
 
 A program takes rows in turn and keeps the sums for weight and bias: one that has to wait for its place makes a tail."""
 
@@ -140,7 +148,7 @@ def fan_backward(
     out = new(source.shape, dtype=dtype)
     low = new(0) if low_dtype is None else new(source.shape, dtype=low_dtype)
     columns = triton.next_power_of_2(width)
-    resident, registers = next(fit for most, fit in RESIDENT.items() if columns <= most)
+    warps, resident, registers = next(fit for most, fit in RESIDENT.items() if columns <= most)
     n_programs = min(n_rows, _processors(source.device) * resident)
     sums = new((n_programs, 2, width) if d_normed is not None else (0, 2, 0), dtype=torch.float32)
     if n_rows:
@@ -148,7 +156,7 @@ def fan_backward(
             passing, d_normed, rows, position, source, weight, means, scales, out, low, sums, n_rows,
             width, 0 if rows is None else rows.shape[1],
             passing is not None, d_normed is not None, 0 if rows is None else terms, position is not None, center,
-            low_dtype is not None, columns, num_warps=min(16, max(1, min(4, columns // 128), columns // 512)),
+            low_dtype is not None, columns, num_warps=warps,
             maxnreg=None if interpreted() else registers,
         )  # fmt: skip
     return out, low, sums.sum(0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeut_kernels import triton_pairs
+from moeut_kernels.plan import slots_per_row
 from moeut_kernels.triton_gradients import weight_gradient
 from moeut_kernels.triton_rows import grouped_rows
 from moeut_kernels.triton_sums import gather_sum, row_dots, segment_sum
@@ -41,22 +42,18 @@ def forward(
     """The output, and what the gate gradient of a split needs (empty unless saved). Body of both forwards."""
     x, weight, gate, bias = _contiguous(x, weight, gate, bias)
     index, slots, position, _, tiles, low_slots, pair_tiles = _contiguous(*routing)
-    n_tokens, n_groups, top_k = index.shape
+    n_tokens, n_groups, _ = index.shape
     rows, keep = x.reshape(-1, x.shape[-1]), save and not merge
     if _by_pairs(weight, bias, low_slots, merge):
         pairs = (gate, low_slots, position, pair_tiles)
         if merge:
             parts, _, _ = triton_pairs.wide(rows, weight, *pairs)
-            out = (
-                gather_sum(parts, None, n_tokens, n_groups) if summed else parts.view(n_tokens, n_groups, -1)
-            )
-            return out, x.new_empty(0)
+            if summed:
+                return gather_sum(parts, None, n_tokens, n_groups), x.new_empty(0)
+            return parts.view(n_tokens, n_groups, -1), x.new_empty(0)
         out, kept, _, _ = triton_pairs.narrow(rows, weight, *pairs, per_row=n_groups, keep=keep)
         return out.view(n_tokens, n_groups, -1), kept
-    per_input, per_output = (
-        top_k if merge else n_groups * top_k,
-        n_groups * top_k if merge and summed else top_k,
-    )
+    per_input, per_output = slots_per_row(merge, index, apart=not summed)
     products, _ = grouped_rows(rows, weight, slots, tiles, per_row=per_input, bias=bias)
     out = gather_sum(products, position, products.shape[0] // per_output, per_output, gate)
     out = out if merge and summed else out.view(n_tokens, n_groups, weight.shape[2])
@@ -174,14 +171,13 @@ def _by_slots(
     sum_x: bool,
 ) -> tuple[Tensor | None, ...]:
     index, slots, position, offsets, tiles, *_ = routing
-    _, n_groups, top_k = index.shape
-    per_input, per_output = (top_k, n_groups * top_k) if merge else (n_groups * top_k, top_k)
+    per_input, per_output = slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x = d_weight = d_gate = d_bias = None
     if want_x or (want_gate and merge):
         back, _ = grouped_rows(grad, weight, slots, tiles, per_row=per_output, transposed=True)
     if want_x:
-        terms = per_input if sum_x else top_k
+        terms, _ = slots_per_row(merge, index, apart=not sum_x)
         d_x = gather_sum(back, position, back.shape[0] // terms, terms, gate)
     if want_weight:
         d_weight = torch.empty(master.shape, dtype=master.dtype, device=x.device)

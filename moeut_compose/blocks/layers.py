@@ -173,3 +173,10 @@ def step_by_step(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, in_one_pass in zip(layers, before, strict=True):
             layer.in_one_pass = in_one_pass
+
+
+def add_parts(model: nn.Module, add: bool = True) -> None:
+    """Let norms of all layers of `model` add up the parts of what mixers return, or let mixers do it."""
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.adds_parts = add

@@ -210,6 +210,7 @@ class SwitchHead(Mixer):
         plan, gate = self._plan(routing, alive)
         rows = running(mixed.transpose(1, 2).flatten(0, 1), alive)
         cast = call.copy_of("output")
+        # parts of padded rows do not lie side by side
         apart = call.apart and (cast is None or cast.shape == self.output.shape)
         output = mk.expert_merge(
             rows, self.output, plan, gate, cast=cast, ticket=call.ticket_of("output"), summed=not apart

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moeut_compose.blocks.layers import Layer
+from moeut_compose.blocks.layers import Layer, add_parts
 from moeut_compose.build import build_model
 from moeut_compose.spec.feedforwards import DenseSpec
 from moeut_compose.train.recompute import MODES, keeps
@@ -67,9 +67,7 @@ def trace_kept(
 ) -> Kept:
     """Trace two and three sequences of `context` tokens; the difference is what every further one adds."""
     model = build_model(spec, device="meta").train()
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.adds_parts = False  # as where products are kept; elsewhere nobody keeps their results
+    add_parts(model, False)  # as where results of products are kept; elsewhere nobody keeps them
 
     def measure(batch: int) -> dict[ActivationCheckpointing, int]:
         trace = _run(model, batch, context, precision, device_type=device_type, compiled=compiled)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moeut_compose.blocks.layers import Layer
+from moeut_compose.blocks.layers import Layer, add_parts
 from moeut_compose.blocks.stages import defer_gradients
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def checkpoint_layers(model: LanguageModel, mode: ActivationCheckpointing) -> No
         return
     if mode == "full":
         defer_gradients(model, False)
+    add_parts(model, mode != "selective")  # which keeps what products return
     for module in model.modules():
         if isinstance(module, Layer):
-            module.adds_parts = mode != "selective"  # which keeps what products return
             module.forward = recomputed(module.forward, mode)  # type: ignore[method-assign]
 
 

@@ -59,9 +59,8 @@ def _mixer(spec: MixerSpec, d_model: int, rows: int) -> int:
         case AttentionSpec():
             return inner
         case SwitchHeadSpec():
-            in_pairs = (
-                spec.top_k == 2 and rows == 1
-            )  # such products are added up in pairs; a row for each head is less than experts need
+            # pairs are added up where they are made; the row that is left for each head is less than experts need
+            in_pairs = spec.top_k == 2 and rows == 1
             return inner + (0 if in_pairs else spec.n_heads * spec.top_k * rows * d_model)
         case MixtureOfAttentionSpec():
             return inner + spec.n_active * rows * d_model

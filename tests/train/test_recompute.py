@@ -18,7 +18,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeut_compose.blocks.layers import Layer
+from moeut_compose.blocks.layers import add_parts
 from moeut_compose.blocks.model import LanguageModel
 from moeut_compose.blocks.roles import Router, Routing
 from moeut_compose.blocks.routers import LinearRouter
@@ -101,9 +101,7 @@ def test_the_same_where_norms_take_sums_along(
     plain, checkpointed = small("moeut"), small("moeut")
     if mode == "full":
         recompute.defer_gradients(plain, False)
-    for module in plain.modules():
-        if isinstance(module, Layer):
-            module.adds_parts = mode != "selective"
+    add_parts(plain, mode != "selective")
     checkpoint_layers(checkpointed, mode)
     with Calls() as calls:
         ours = backward(checkpointed, autocast=autocast)
