@@ -11,7 +11,9 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "grouped_mm", "torch")
+from moeut_kernels.grouping import suited, takes_batches
+
+BACKENDS = ("auto", "triton", "grouped_mm", "bmm", "torch")
 VARIABLE = "MOEUT_COMPOSE_BACKEND"
 
 _override: str | None = None
@@ -49,15 +51,20 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def resolve(x: Tensor) -> str:
-    """The backend that a call with `x` runs on: "triton", "grouped_mm" or "torch".
+def resolve(x: Tensor, work: int | None = None) -> str:
+    """The backend that a call with `x` runs on: "triton", "grouped_mm", "bmm" or "torch".
 
-    "auto" takes Triton on CUDA in float32, bfloat16 and float16, and PyTorch's grouped matmul elsewhere. "torch" is the
-    definition: one matrix product per expert. float64 always takes it.
+    work: multiply-adds of an average expert in each product, where the call multiplies. "auto" takes Triton on CUDA in
+    float32, bfloat16 and float16, and elsewhere what suits best of PyTorch's products, see `grouping.suited`. "bmm"
+    stands for "grouped_mm" but in float32 on a CPU. "torch" is the definition: one matrix product per expert. float64
+    always takes it.
     """
     requested = backend()
     if requested == "auto":
-        requested = "triton" if x.device.type == "cuda" and TRITON_IS_INSTALLED else "grouped_mm"
+        on_triton = x.device.type == "cuda" and TRITON_IS_INSTALLED
+        requested = "triton" if on_triton else suited(x, work)
     if requested == "triton" and not x.dtype.is_floating_point:
         return requested
+    if requested == "bmm" and not takes_batches(x):
+        requested = "grouped_mm"
     return "torch" if x.dtype.itemsize == 8 else requested

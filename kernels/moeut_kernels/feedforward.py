@@ -17,6 +17,7 @@ from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
+from moeut_kernels.grouping import in_order
 from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan
 
@@ -84,8 +85,9 @@ def expert_feedforward(
     )
     padded = not torch.jit.is_tracing() and (w_down if cast_down is None else cast_down).shape[2] != width
     added = None if padded else residual
+    work = plan.index.numel() // plan.n_experts * w_down.shape[1] * w_down.shape[2]
     out = torch.ops.moeut.expert_feedforward(
-        *operands, *plan.tensors, activation, save, resolve(x), handed, added, apart
+        *operands, *plan.tensors, activation, save, resolve(x, work), handed, added, apart
     )[0]
     if not padded:
         return out
@@ -183,19 +185,24 @@ def _forward(
             x, up, down, gate, b_up, b_down, routing, activation, save, residual
         )
     index, slots, position, offsets, _ = routing
-    z = reference.grouped_rows(x.index_select(0, slots // index.shape[2]), up.contiguous(), offsets, backend)
+    order = in_order(slots, position, offsets, backend)
+    z = order.multiply(x.index_select(0, order.slots // index.shape[2]), up.contiguous())
     if b_up is not None:
-        z += b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, slots).int())
+        z += b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, order.slots).int())
     hidden = activations.apply(activation, z)
-    products = reference.grouped_rows(hidden, down.contiguous(), offsets, backend)
+    products = order.multiply(hidden, down.contiguous())
     gates = gate.reshape(index.shape[0], index.shape[2])
-    out = reference.gather_sum(products, position.view(gates.shape), gates)
+    out = reference.gather_sum(products, order.position.view(gates.shape), gates)
     if b_down is not None:
         out += reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
     if residual is not None:
         out = (residual + out).to(residual.dtype)
     keeps_hidden, keeps_pre = save and activation == "relu", save and activation != "relu"
-    return out, hidden if keeps_hidden else x.new_empty(0), z if keeps_pre else x.new_empty(0)
+    return (
+        out,
+        order.packed(hidden) if keeps_hidden else x.new_empty(0),
+        order.packed(z) if keeps_pre else x.new_empty(0),
+    )
 
 
 def _fake_forward(x, w_up, w_down, cast_up, cast_down, gate, b_up, b_down, index, slots, *rest):  # type: ignore[no-untyped-def]
@@ -236,39 +243,44 @@ def _backward(
     index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in wants)
-    tokens = slots // index.shape[2]
+    order = in_order(slots, position, offsets, backend)
+    tokens = order.slots // index.shape[2]
     gates, choices = (
         gate.reshape(index.shape[0], index.shape[2]),
         index.reshape(index.shape[0], index.shape[2]),
     )
-    ordered = gate.reshape(-1).index_select(0, slots).to(grad.dtype).unsqueeze(1)
+    gate_rows = order.gates(gate).to(grad.dtype)
     d_rows = grad.index_select(0, tokens)
-    hidden, pre = (hidden, hidden) if activation == "relu" else (activations.apply(activation, pre), pre)
+    pre = order.spread(hidden if activation == "relu" else pre)
+    hidden = activations.apply(activation, pre) if activation != "relu" else pre
     needs_z = want_x or want_up or want_b_up or hand_in
     if want_down:
-        d_down = reference.grouped_outer(hidden * ordered, d_rows, offsets, backend).to(w_down.dtype)
+        d_down = order.outer(hidden * gate_rows, d_rows).to(w_down.dtype)
         d_down = d_down[:, : w_down.shape[1], : w_down.shape[2]].contiguous()
     if want_gate or needs_z:
-        back = reference.grouped_rows(d_rows, down.transpose(1, 2), offsets, backend)
+        back = order.multiply(d_rows, down.transpose(1, 2))
     if want_gate:
-        dots = (hidden * back).sum(1).index_select(0, position).view(gate.shape)
+        dots = (hidden * back).sum(1).index_select(0, order.position).view(gate.shape)
         if b_down is not None:
             dots += (grad @ b_down.to(grad.dtype).t()).gather(1, choices.long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
     if needs_z:
-        d_z = activations.backward(activation, pre, back.mul_(ordered))
+        d_z = activations.backward(activation, pre, back.mul_(gate_rows))
     if want_x:
-        d_x = reference.grouped_rows(d_z, up.transpose(1, 2), offsets, backend)
-        d_x = reference.gather_sum(d_x, position.view(gates.shape)) if sum_x else d_x
+        d_x = order.multiply(d_z, up.transpose(1, 2))
+        d_x = reference.gather_sum(d_x, order.position.view(gates.shape)) if sum_x else order.packed(d_x)
     if want_up:
-        d_up = reference.grouped_outer(x.index_select(0, tokens), d_z, offsets, backend).to(w_up.dtype)
+        d_up = order.outer(x.index_select(0, tokens), d_z).to(w_up.dtype)
         d_up = d_up[:, : w_up.shape[1], : w_up.shape[2]].contiguous()
     if want_b_up:
-        d_b_up = reference.segment_sum(d_z, offsets).to(b_up.dtype)
+        d_b_up = reference.segment_sum(order.packed(d_z), offsets).to(b_up.dtype)
     if want_b_down:
         dense = reference.gate_matrix(gates, choices, w_down.shape[0]).to(grad.dtype)
         d_b_down = (dense.t() @ grad).to(b_down.dtype)
-    message = (d_z, hidden * ordered) if hand_in else (grad.new_empty(0), grad.new_empty(0))
+    if hand_in:
+        message = order.packed(d_z), order.packed(hidden * gate_rows)
+    else:
+        message = grad.new_empty(0), grad.new_empty(0)
     return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, *message
 
 

@@ -120,10 +120,14 @@ def n_pairs(index: Tensor, n_experts: int, n_local: int, backend: str) -> int:
 
 
 def _order(flat: Tensor, n_experts: int) -> Tensor:
-    """Stable order of chosen experts. On a CPU many are filled up to as many as PyTorch sorts by radix."""
+    """Stable order of chosen experts.
+
+    On a CPU many are filled up to as many as PyTorch sorts by radix, which takes a quarter of the time for bytes.
+    """
     n = flat.numel()
-    if flat.device.type == "cpu" and RADIX_FROM // 2 <= n < RADIX_FROM:
-        flat = torch.nn.functional.pad(flat.int(), (0, RADIX_FROM - n), value=n_experts)
+    if flat.device.type == "cpu" and n >= RADIX_FROM // 4:
+        flat = flat.to(torch.uint8 if n_experts < 256 else torch.int32)
+        flat = torch.nn.functional.pad(flat, (0, max(0, RADIX_FROM - n)), value=n_experts)
     return flat.argsort(stable=True)[:n]
 
 
@@ -143,7 +147,7 @@ def _plan(index: Tensor, n_experts: int, n_local: int, backend: str) -> tuple[Te
         raise ValueError(f"index holds values outside [0, {n_experts})")
     slots = _order(flat, n_experts)
     position = torch.empty_like(slots, dtype=torch.int32)
-    position[slots] = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
+    position.scatter_(0, slots, torch.arange(flat.numel(), dtype=torch.int32, device=flat.device))
     offsets = torch.zeros(n_experts + 1, dtype=torch.int32, device=flat.device)
     torch.cumsum(torch.bincount(flat, minlength=n_experts), 0, dtype=torch.int32, out=offsets[1:])
     none = (offsets.new_empty(shape) for shape in ((0, 4), (0,), (0, 4)))

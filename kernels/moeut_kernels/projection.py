@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moeut_kernels import reference
+from moeut_kernels import all_experts, reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
+from moeut_kernels.grouping import in_order
 from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan, slots_per_row
 
@@ -105,8 +106,12 @@ def _project(
         weight, cast = (weight if cast is None else cast).detach(), None
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
+    backend = resolve(x, plan.index.numel() // plan.n_experts * weight.shape[1] * weight.shape[2])
+    whole = ticket is None and shares is None and summed
+    if backend == "bmm" and whole and all_experts.suits(plan.index, plan.n_experts):
+        backend = "all_experts"
     out = op(
-        x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, summed, resolve(x), list(ticket or ()),
+        x, weight, cast, gate, bias, *plan.tensors, *plan.pairs, save, summed, backend, list(ticket or ()),
         list(shares or ()),
     )[0]  # fmt: skip
     return out if torch.jit.is_tracing() or out.shape[-1] == width else out[..., :width]
@@ -165,14 +170,19 @@ def _forward(
 
         return triton_projection.forward(merge, x, matrix, gate, bias, routing, save, summed)
     index, slots, position, offsets, *_ = routing
+    if backend == "all_experts":
+        out, products = all_experts.forward(merge, x, matrix, gate, bias, index)
+        return out, products if save and not merge else x.new_empty(0)
+    order = in_order(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index, apart=not summed)
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
-    products = reference.grouped_rows(rows, matrix.contiguous(), offsets, backend)
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, order.slots // per_input)
+    products = order.multiply(rows, matrix.contiguous())
     if bias is not None:
-        products += bias.to(products.dtype).index_select(0, index.reshape(-1).index_select(0, slots).int())
+        expert = index.reshape(-1).index_select(0, order.slots).int()
+        products += bias.to(products.dtype).index_select(0, expert)
     gates = None if gate is None else gate.reshape(-1, per_output)
-    out = reference.gather_sum(products, position.view(-1, per_output), gates)
-    kept = products if save and not merge else products.new_empty(0)
+    out = reference.gather_sum(products, order.position.view(-1, per_output), gates)
+    kept = order.packed(products) if save and not merge else products.new_empty(0)
     return out if merge and summed else out.view(index.shape[0], index.shape[1], matrix.shape[2]), kept
 
 
@@ -204,33 +214,38 @@ def _backward(
             merge, grad, x, matrix, weight, gate, bias, routing, kept, wants, hand_in, sum_x
         )
     index, slots, position, offsets, *_ = routing
+    if backend == "all_experts":
+        grads = all_experts.backward(merge, grad, x, matrix, gate, bias, index, kept, wants)
+        return *grads, grad.new_empty(0)
+    order = in_order(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x, d_weight, d_gate, d_bias = (grad.new_empty(0) for _ in wants)
     flat = grad.reshape(-1, grad.shape[-1])
-    d_rows = flat.index_select(0, slots // per_output)
+    d_rows = flat.index_select(0, order.slots // per_output)
     needs_back = want_x or (want_gate and merge)
     needs_rows = want_weight or hand_in or (want_gate and merge)
     if needs_back:
-        back = reference.grouped_rows(d_rows, matrix.transpose(1, 2), offsets, backend)
+        back = order.multiply(d_rows, matrix.transpose(1, 2))
     if needs_rows:
-        rows = x.reshape(-1, x.shape[-1]).index_select(0, slots // per_input)
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, order.slots // per_input)
     if want_x:
         terms, _ = slots_per_row(merge, index, apart=not sum_x)
         gates = None if gate is None else gate.reshape(-1, terms)
-        d_x = reference.gather_sum(back, position.view(-1, terms), gates)
+        d_x = reference.gather_sum(back, order.position.view(-1, terms), gates)
         d_x = d_x.view(x.shape) if sum_x else d_x
     if want_gate:
-        dots = (rows * back).sum(1) if merge else (kept * d_rows).sum(1)
-        dots = dots.index_select(0, position).view(gate.shape)
+        dots = (rows * back if merge else order.spread(kept) * d_rows).sum(1)
+        dots = dots.index_select(0, order.position).view(gate.shape)
         if merge and bias is not None:
             scores = flat @ bias.to(flat.dtype).t()
             dots += scores.gather(1, index.reshape(-1, per_output).long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
-    if (want_weight or hand_in) and gate is not None:
-        (rows if merge else d_rows).mul_(gate.reshape(-1).index_select(0, slots).unsqueeze(1))
+    gate_rows = order.gates(gate) if want_weight or hand_in else None
+    if gate_rows is not None:
+        (rows if merge else d_rows).mul_(gate_rows)
     if want_weight:
-        d_weight = reference.grouped_outer(rows, d_rows, offsets, backend).to(weight.dtype)
+        d_weight = order.outer(rows, d_rows).to(weight.dtype)
         d_weight = d_weight[:, : weight.shape[1], : weight.shape[2]].contiguous()
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
@@ -238,7 +253,7 @@ def _backward(
             gates.reshape(-1, per_output), index.reshape(-1, per_output), weight.shape[0]
         )
         d_bias = (dense.t() @ flat).to(bias.dtype)
-    ordered = (rows if merge else d_rows) if hand_in else grad.new_empty(0)
+    ordered = order.packed(rows if merge else d_rows) if hand_in else grad.new_empty(0)
     return d_x, d_weight, d_gate, d_bias, ordered
 
 
@@ -257,9 +272,11 @@ def _register(name: str, merge: bool) -> None:
 
     def fake_forward(x, weight, cast, gate, bias, index, slots, *rest):
         n_tokens, n_groups, _ = index.shape
-        width, save, summed = (weight if cast is None else cast).shape[2], *rest[-5:-3]
+        n_experts, _, width = (weight if cast is None else cast).shape
+        save, summed, backend = rest[-5:-2]
         out = x.new_empty((n_tokens, width) if merge and summed else (n_tokens, n_groups, width))
-        return out, x.new_empty((slots.shape[0], width) if save and not merge else 0)
+        kept = (n_tokens, n_experts, width) if backend == "all_experts" else (slots.shape[0], width)
+        return out, x.new_empty(kept if save and not merge else 0)
 
     def fake_backward(grad, x, weight, cast, gate, bias, index, *rest):
         slots, wants, hand_in, sum_x = rest[1], *rest[-4:-1]

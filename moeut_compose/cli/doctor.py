@@ -118,7 +118,7 @@ def _choice(kind: str) -> dict[str, str]:
     if requested != "auto":
         why = f"MOEUT_COMPOSE_BACKEND={requested}"
     elif kind == "cpu":
-        why = "auto: PyTorch's grouped matrix product, as everywhere but on CUDA"
+        why = "auto: PyTorch's grouped matrix product; bmm, its batched one, where experts have little to multiply"
     else:
         why = "auto: Triton is installed" if TRITON_IS_INSTALLED else "auto: Triton is not installed"
     return {"backend": chosen, "why": why}
@@ -145,7 +145,9 @@ def _tuned_tiles(device: str) -> dict[str, Any]:
 def _backends(kind: str) -> list[str]:
     from moeut_kernels.backend import TRITON_IS_INSTALLED
 
-    return ["torch", "grouped_mm"] + (["triton"] if kind == "cuda" and TRITON_IS_INSTALLED else [])
+    if kind == "cpu":
+        return ["torch", "grouped_mm", "bmm"]
+    return ["torch", "grouped_mm"] + (["triton"] if TRITON_IS_INSTALLED else [])
 
 
 def _check(device: str, backend: str) -> dict[str, Any]:

@@ -290,7 +290,7 @@ class RecipeSpec(Spec):
     also what is dear to compute, attention and expert products (selective)."""
     cuda_graph: bool = False
     """On CUDA, record forward and backward once and replay them: no time is lost between kernels."""
-    backend: Literal["auto", "triton", "torch", "grouped_mm"] = "auto"
+    backend: Literal["auto", "triton", "torch", "grouped_mm", "bmm"] = "auto"
     """Implementation of the expert products."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """Where `torchrun` starts several processes: weights on each of them (ddp) or split over them (fsdp)."""

@@ -33,7 +33,9 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 def check_backend(name: str, device: torch.device) -> None:
     """Raises `TrainError` where the kernels of a back end cannot run."""
     if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise TrainError("the back end triton needs a CUDA device; auto, grouped_mm and torch run on a CPU")
+        raise TrainError(
+            "the back end triton needs a CUDA device; auto, grouped_mm, bmm and torch run on a CPU"
+        )
 
 
 def own_device(device: str | torch.device, number: int) -> torch.device:

@@ -45,7 +45,7 @@ def test_back_ends_take_turns_and_train_alike(cli_json: Callable[..., Any]) -> N
     [
         (
             ["--backend", "auto,spiral"],
-            "--backend spiral: choose among auto, triton, grouped_mm, torch, loop",
+            "--backend spiral: choose among auto, triton, grouped_mm, bmm, torch, loop",
         ),
         (["--backend", "loop", "--compile"], "leave out --compile"),
     ],

@@ -39,7 +39,7 @@ def test_the_report(cli_json: Callable[..., Any], tmp_path: Path, monkeypatch: p
     assert report["variables"]["MOEUT_COMPOSE_BACKEND"] is None
     assert report["cache"] == {"path": str(tmp_path / "cache"), "exists": False, "writable": True}
     on_cpu = [check for check in report["checks"] if check["device"] == "cpu"]
-    assert [check["backend"] for check in on_cpu] == ["torch", "grouped_mm"]
+    assert [check["backend"] for check in on_cpu] == ["torch", "grouped_mm", "bmm"]
     assert all(check["ok"] and 0 < check["error"] < 1e-5 for check in on_cpu)
     assert not (tmp_path / "cache").exists(), "looking changes nothing"
 

@@ -73,7 +73,7 @@ def test_copies_of_another_shape_are_refused(cases):
         mk.expert_split(x, weight, plan, o["gate"], cast=cast)
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 def test_a_residual_is_added_in_its_own_dtype(cases, backend):
     case = cases.make("feedforward", d_in=7)
     plan = mk.plan(case.index, case.n_experts)

@@ -43,7 +43,7 @@ def tickets_for(w_up, w_down, n_uses):
     return mk.feedforward_tickets(w_up, w_down, n_uses, casts=(w_up, w_down), n_tokens=9, top_k=2)
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n_uses", [1, 3])
 def test_equals_the_sum_of_the_uses(cases, n_uses, activation, backend):
@@ -110,7 +110,7 @@ def test_uses_without_tokens_add_nothing():
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 def test_rows_and_weights_that_are_not_contiguous(cases, backend):
     w_up, w_down, uses = make_uses(2)
     columns = [w.detach().mT.contiguous().mT.requires_grad_() for w in (w_up, w_down)]
@@ -124,7 +124,7 @@ def test_rows_and_weights_that_are_not_contiguous(cases, backend):
     assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 def test_padded_copies_give_gradients_of_the_odd_widths(cases, backend):
     w_up, w_down, uses = make_uses(2)
     casts = mk.cast_weights(w_up, w_down, dtype=torch.bfloat16, padded=True)
@@ -166,7 +166,7 @@ def projection_tickets(merge: bool, weight):
     return mk.projection_tickets(weight, 3, merge=merge, cast=weight, n_tokens=9, n_groups=3, top_k=2)
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("merge", [False, True])
 def test_projections_equal_the_sum_of_the_uses(cases, merge, gated, backend):
@@ -176,7 +176,8 @@ def test_projections_equal_the_sum_of_the_uses(cases, merge, gated, backend):
         expected = torch.autograd.grad(project(merge, weight, uses, [None] * 3, gated), leaves)
         tickets = projection_tickets(merge, weight)
         actual = torch.autograd.grad(project(merge, weight, uses, tickets, gated), leaves)
-    assert all(cases.error(a, b) < 1e-6 for a, b in zip(actual, expected, strict=True))
+    bound = 5e-6 if backend == "bmm" else 1e-6  # bmm: without tickets every expert multiplies every row
+    assert all(cases.error(a, b) < bound for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.kernels.op_names import OPS
 
 
-def arguments(cases, op, dtype=torch.float32, activation="relu", save=True):
+def arguments(cases, op, dtype=torch.float32, activation="relu", save=True, backend="torch"):
     case = cases.make(op, n_groups=1 if op == "feedforward" else 2, biased=True, activation=activation)
     o = cases.leaves(case.operands, dtype=dtype)
     plan = mk.plan(case.index, case.n_experts)
@@ -27,18 +27,22 @@ def arguments(cases, op, dtype=torch.float32, activation="relu", save=True):
             *plan.tensors,
             activation,
             save,
-            "torch",
+            backend,
             [],
             torch.randn_like(o["x"][:, :1]).expand(-1, o["w_down"].shape[2]).contiguous(),
             [],
         )
     operands = o["x"], o["weight"], None, o["gate"], o["bias"]
-    return *operands, *plan.tensors, *plan.pairs, save, True, "torch", [], []
+    return *operands, *plan.tensors, *plan.pairs, save, True, backend, [], []
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(cases, op):
-    torch.library.opcheck(getattr(torch.ops.moeut, f"expert_{op}"), arguments(cases, op))
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, backend) for op in OPS for backend in ("torch", "bmm")]
+    + [("split", "all_experts"), ("merge", "all_experts")],
+)
+def test_opcheck(cases, op, backend):
+    torch.library.opcheck(getattr(torch.ops.moeut, f"expert_{op}"), arguments(cases, op, backend=backend))
 
 
 def test_opcheck_keeps_the_pre_activation(cases):

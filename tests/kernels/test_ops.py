@@ -13,7 +13,7 @@ from tests.kernels.op_names import OPS
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "bmm"])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_matches_the_definition(cases, nan_filled_empty, op, dtype, backend):
