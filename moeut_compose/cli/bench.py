@@ -31,8 +31,8 @@ def step(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Of the expert products: auto, triton, grouped_mm, torch; or loop, loop_indexed: one expert after "
-            "the other in Python.",
+            help="Of the expert products: auto, triton, grouped_mm, bmm, torch; or loop, loop_indexed: one expert "
+            "after the other in Python.",
         ),
     ] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, on each process.")] = 32,
@@ -65,7 +65,7 @@ def step(
     models = [load_spec(name, architecture_overrides(overrides)) for name in names]
     from moeut_compose.bench.step import BACKENDS, measure_in_turn, measure_step
     from moeut_compose.train.device import check_backend, choose_device, own_device
-    from moeut_compose.train.modes import uncut_layers
+    from moeut_compose.train.modes import kept_memory, uncut_layers
     from moeut_compose.world import local_rank, started_world
 
     backends = backend.split(",")
@@ -83,22 +83,23 @@ def step(
         check_backend(name, place)
     if graphed and place.type != "cuda":
         raise wrong_usage("--cuda-graph needs a CUDA device")
-    if backends != ["auto"]:
-        complain(f"measuring {', '.join(model.name for model in models)} on {', '.join(backends)} in turn")
-        timings = measure_in_turn(
-            models,
-            backends,
-            batch=batch,
-            seq_len=seq_len,
-            micro_batch=micro_batch,
-            device=place,
-            steps=steps,
-        )
-        models = []
-    else:
-        timings = []
-    world.open(place)
-    with uncut_layers():
+    timings = []
+    with kept_memory(place), uncut_layers():
+        if backends != ["auto"]:
+            complain(
+                f"measuring {', '.join(model.name for model in models)} on {', '.join(backends)} in turn"
+            )
+            timings += measure_in_turn(
+                models,
+                backends,
+                batch=batch,
+                seq_len=seq_len,
+                micro_batch=micro_batch,
+                device=place,
+                steps=steps,
+            )
+            models = []
+        world.open(place)
         for model in models:
             complain(f"measuring {model.name}")
             timings.append(

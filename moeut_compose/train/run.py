@@ -35,7 +35,7 @@ from moeut_compose.train.checkpoint import (
 from moeut_compose.train.device import check_backend, choose_device, own_device
 from moeut_compose.train.errors import CheckpointError, OtherProcessFailed, RunError, TrainError
 from moeut_compose.train.folder import resume_folder as resume_folder
-from moeut_compose.train.modes import execution_modes
+from moeut_compose.train.modes import execution_modes, kept_memory
 from moeut_compose.train.plan import context_of, plan_training
 from moeut_compose.train.session import Session, TrainResult
 from moeut_compose.train.signals import catch_signals
@@ -148,6 +148,7 @@ def train(
         stop = stack.enter_context(catch_signals(world))
         stack.enter_context(_company(world, place))
         stack.enter_context(execution_modes(recipe))
+        stack.enter_context(kept_memory(place))
         plan = world.on_main(lambda: plan_training(spec, recipe, device=place, n_processes=world.size))
         origin = world.on_main(lambda: _Origin.of(spec, recipe, wanted, way))
         data = world.main_first(
