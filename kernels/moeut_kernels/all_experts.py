@@ -1,7 +1,8 @@
 """Expert projections in which every expert multiplies every row, and gates of zero drop what was not chosen.
 
 Where a token chooses half of the experts, as in SwitchHead with two of four for every head, this takes twice the
-arithmetic in a few large products, and no row is gathered or scattered: on a CPU the faster way.
+arithmetic in a few large products, and no row is gathered or scattered: on a CPU the faster way. What is not finite in
+an expert spreads to tokens that did not choose it: nought times it is NaN.
 Legend: N tokens, H groups, K choices, E experts, D columns in, F columns out; G [N, H, E] the gates, else zero.
 """
 
@@ -21,6 +22,7 @@ def suits(index: Tensor, n_experts: int) -> bool:
     return n_experts <= MOST_PER_CHOICE * index.shape[1] * index.shape[2]
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(
     merge: bool, x: Tensor, weight: Tensor, gate: Tensor | None, bias: Tensor | None, index: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -37,6 +39,7 @@ def forward(
     return out if bias is None else out + gates @ bias.to(out.dtype), products
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     merge: bool,
     grad: Tensor,
@@ -72,7 +75,7 @@ def backward(
         d_gate = scores.gather(2, index.long()).to(gate.dtype)
     if want_bias:
         of_output = gates.sum(1) if merge else gates.flatten(0, 1)
-        d_bias = of_output.t() @ grad.reshape(-1, grad.shape[-1])
+        d_bias = (of_output.t() @ grad.reshape(-1, grad.shape[-1])).to(bias.dtype)
     return d_x, d_weight, d_gate, d_bias
 
 

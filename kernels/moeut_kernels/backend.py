@@ -51,10 +51,10 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
-def resolve(x: Tensor, work: int | None = None) -> str:
+def resolve(x: Tensor, each: tuple[int, int] | None = None) -> str:
     """The backend that a call with `x` runs on: "triton", "grouped_mm", "bmm" or "torch".
 
-    work: multiply-adds of an average expert in each product, where the call multiplies. "auto" takes Triton on CUDA in
+    each: rows and matrix elements of an average expert, where the call multiplies. "auto" takes Triton on CUDA in
     float32, bfloat16 and float16, and elsewhere what suits best of PyTorch's products, see `grouping.suited`. "bmm"
     stands for "grouped_mm" but in float32 on a CPU. "torch" is the definition: one matrix product per expert. float64
     always takes it.
@@ -62,7 +62,7 @@ def resolve(x: Tensor, work: int | None = None) -> str:
     requested = backend()
     if requested == "auto":
         on_triton = x.device.type == "cuda" and TRITON_IS_INSTALLED
-        requested = "triton" if on_triton else suited(x, work)
+        requested = "triton" if on_triton else suited(x, each)
     if requested == "triton" and not x.dtype.is_floating_point:
         return requested
     if requested == "bmm" and not takes_batches(x):

@@ -85,9 +85,9 @@ def expert_feedforward(
     )
     padded = not torch.jit.is_tracing() and (w_down if cast_down is None else cast_down).shape[2] != width
     added = None if padded else residual
-    work = plan.index.numel() // plan.n_experts * w_down.shape[1] * w_down.shape[2]
+    each = plan.index.numel() // plan.n_experts, w_down.shape[1] * w_down.shape[2]
     out = torch.ops.moeut.expert_feedforward(
-        *operands, *plan.tensors, activation, save, resolve(x, work), handed, added, apart
+        *operands, *plan.tensors, activation, save, resolve(x, each), handed, added, apart
     )[0]
     if not padded:
         return out

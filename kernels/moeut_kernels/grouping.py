@@ -13,8 +13,15 @@ from torch import Tensor
 
 from moeut_kernels import reference
 
+LEAST_THREADS = 4
+"""Batched products are worth while from so many threads on: fewer hardly wait for one another."""
+
 MOST_WORK = 2**20
-"""Multiply-adds of an average expert on each thread up to which batched products are worth while."""
+"""They are up to so many multiply-adds of an average expert on each thread."""
+
+LEAST_ROWS, MOST_ELEMENTS = 16, 2**16
+"""And from so many rows of an average expert on, up to matrices of such a size: they may have to be copied, which must
+cost less than starting a product."""
 
 MOST_RANKS = 8
 """An expert has at most so many tiles."""
@@ -27,8 +34,14 @@ MOST_FILLING = 2.0
 
 
 @torch.compiler.assume_constant_result
-def _n_threads() -> int:
-    return torch.get_num_threads()
+def has_many_threads() -> bool:
+    """Whether this process has enough threads for batched products."""
+    return torch.get_num_threads() >= LEAST_THREADS
+
+
+@torch.compiler.assume_constant_result
+def _most_work() -> int:
+    return MOST_WORK * torch.get_num_threads()
 
 
 def takes_batches(x: Tensor) -> bool:
@@ -36,16 +49,19 @@ def takes_batches(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def suited(x: Tensor, work: int | None) -> str:
+def suited(x: Tensor, each: tuple[int, int] | None) -> str:
     """The backend among PyTorch's that suits a call with `x`: "torch", "grouped_mm" or "bmm".
 
-    work: multiply-adds of an average expert in each product; None: unknown. Batched products it is where that is too
-    little for the threads of this process.
+    each: rows and matrix elements of an average expert; None: unknown. Batched products suit where these come to too
+    little for the threads of this process. A program that is traced or exported is for other sizes, too: it has none.
     """
     if x.dtype.itemsize == 8:
         return "torch"
-    little = work is not None and takes_batches(x) and work <= MOST_WORK * _n_threads()
-    return "bmm" if little else "grouped_mm"
+    if each is None or not takes_batches(x) or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "grouped_mm"
+    rows, elements = each
+    little = rows >= LEAST_ROWS and elements <= MOST_ELEMENTS and rows * elements <= _most_work()
+    return "bmm" if has_many_threads() and little else "grouped_mm"
 
 
 def in_order(slots: Tensor, position: Tensor, offsets: Tensor, backend: str) -> "Grouping":
@@ -150,6 +166,7 @@ class Tiles(Grouping):
         gates = super().gates(gate)
         return self.is_slot if gates is None else gates * self.is_slot
 
+    @torch.autocast("cpu", enabled=False)
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
         matrices = self._chosen(weight)
         out = rows.new_empty(rows.shape[0], weight.shape[2])
@@ -157,6 +174,7 @@ class Tiles(Grouping):
             torch.bmm(tiles, matrices[: tiles.shape[0]], out=products)
         return out
 
+    @torch.autocast("cpu", enabled=False)
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         lefts, rights = self._ranks(left), self._ranks(right)
         sums = torch.bmm(next(lefts).transpose(1, 2), next(rights))

@@ -106,7 +106,7 @@ def _project(
         weight, cast = (weight if cast is None else cast).detach(), None
     save = torch.is_grad_enabled() and gate is not None and gate.requires_grad
     op = torch.ops.moeut.expert_split if name == "expert_split" else torch.ops.moeut.expert_merge
-    backend = resolve(x, plan.index.numel() // plan.n_experts * weight.shape[1] * weight.shape[2])
+    backend = resolve(x, (plan.index.numel() // plan.n_experts, weight.shape[1] * weight.shape[2]))
     whole = ticket is None and shares is None and summed
     if backend == "bmm" and whole and all_experts.suits(plan.index, plan.n_experts):
         backend = "all_experts"
@@ -215,8 +215,12 @@ def _backward(
         )
     index, slots, position, offsets, *_ = routing
     if backend == "all_experts":
-        grads = all_experts.backward(merge, grad, x, matrix, gate, bias, index, kept, wants)
-        return *grads, grad.new_empty(0)
+        d_x, d_weight, d_gate, d_bias = all_experts.backward(
+            merge, grad, x, matrix, gate, bias, index, kept, wants
+        )
+        if wants[1]:
+            d_weight = _of_master(d_weight, weight)
+        return d_x, d_weight, d_gate, d_bias, grad.new_empty(0)
     order = in_order(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
@@ -245,8 +249,7 @@ def _backward(
     if gate_rows is not None:
         (rows if merge else d_rows).mul_(gate_rows)
     if want_weight:
-        d_weight = order.outer(rows, d_rows).to(weight.dtype)
-        d_weight = d_weight[:, : weight.shape[1], : weight.shape[2]].contiguous()
+        d_weight = _of_master(order.outer(rows, d_rows), weight)
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
         dense = reference.gate_matrix(
@@ -255,6 +258,11 @@ def _backward(
         d_bias = (dense.t() @ flat).to(bias.dtype)
     ordered = order.packed(rows if merge else d_rows) if hand_in else grad.new_empty(0)
     return d_x, d_weight, d_gate, d_bias, ordered
+
+
+def _of_master(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a copy as that of its master, whose sides may be shorter."""
+    return gradient[:, : weight.shape[1], : weight.shape[2]].to(weight.dtype).contiguous()
 
 
 def _register(name: str, merge: bool) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import moeut_kernels
 import torch
+from moeut_kernels.grouping import has_many_threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -182,8 +183,10 @@ def _run(
 ) -> _Trace:
     """A training forward pass; one tensor stands for each storage that it saves, weights and buffers left out."""
     backend = moeut_kernels.backend()
-    if backend == "auto" and device_type == "cuda":
-        backend = "triton"  # the fake tensors of the trace lie on the CPU
+    if device_type == "cuda":  # the fake tensors of the trace lie on the CPU
+        backend = {"auto": "triton", "bmm": "grouped_mm"}.get(backend, backend)
+    elif backend == "auto" and has_many_threads():
+        backend = "bmm"  # what steps of few sequences take, and what keeps most
     with FakeTensorMode(), moeut_kernels.use_backend(backend):
         weights = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)

@@ -42,9 +42,13 @@ def _fill_fresh_memory(fill: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-"""Parameters of mallopt(3), and what they are unless it is asked."""
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _TOP_PAD: 128 * 1024, _MMAP_MAX: 65536}
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+"""Parameters of mallopt(3)."""
+_KEPT = {_TRIM_THRESHOLD: -1, _TOP_PAD: 64 * 2**20, _MMAP_MAX: 0}
+_USUAL = {_TRIM_THRESHOLD: 64 * 2**20, _TOP_PAD: 128 * 1024, _MMAP_THRESHOLD: 32 * 2**20, _MMAP_MAX: 65536}
+"""What glibc begins with, but for its two thresholds: those grow by themselves as blocks are freed, up to these values,
+and stand still once anything is set."""
+_keepers = 0
 
 
 @contextmanager
@@ -54,18 +58,22 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     It would hand large blocks back to the system, which clears and maps every page anew, step after step. Nothing
     changes on other devices, other C libraries than glibc, and where the environment sets up its allocator.
     """
+    global _keepers
     if device.type != "cpu" or not _has_glibc() or _sets_up_malloc(os.environ):
         yield
         return
     glibc = ctypes.CDLL(None)
-    for parameter, value in {_TRIM_THRESHOLD: -1, _TOP_PAD: 64 * 2**20, _MMAP_MAX: 0}.items():
+    for parameter, value in _KEPT.items():
         glibc.mallopt(parameter, value)
+    _keepers += 1
     try:
         yield
     finally:
-        for parameter, value in _DEFAULTS.items():
-            glibc.mallopt(parameter, value)
-        glibc.malloc_trim(0)
+        _keepers -= 1
+        if not _keepers:
+            for parameter, value in _USUAL.items():
+                glibc.mallopt(parameter, value)
+            glibc.malloc_trim(0)
 
 
 def _has_glibc() -> bool:

@@ -91,6 +91,47 @@ def test_repeats_bit_for_bit(cases, op):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("n_experts", [4, 20])
+def test_copies_of_masters_in_another_dtype(cases, op, n_experts):
+    """Float32 rows and padded copies, masters of 16 bits: gradients have the masters' shapes and dtype."""
+    case = cases.make(op, n_tokens=20, n_groups=1 if op == "feedforward" else 2, n_experts=n_experts)
+    results = []
+    for backend in ("torch", "bmm"):
+        leaves = cases.leaves(case.operands, dtype=torch.float32)
+        names = ["w_up", "w_down"] if op == "feedforward" else ["weight"]
+        masters = [leaves[name].detach().bfloat16().requires_grad_() for name in names]
+        copies = mk.cast_weights(*masters, dtype=torch.float32, padded=True)
+        plan = mk.plan(case.index, n_experts)
+        with mk.use_backend(backend):
+            if op == "feedforward":
+                out = mk.expert_feedforward(leaves["x"], *masters, plan, leaves["gate"], casts=copies)
+            else:
+                product = mk.expert_split if op == "split" else mk.expert_merge
+                out = product(leaves["x"], *masters, plan, leaves["gate"], cast=copies[0])
+        out.sin().sum().backward()
+        assert all(m.grad.dtype == torch.bfloat16 and m.grad.shape == m.shape for m in masters)
+        results.append([out.detach(), leaves["x"].grad, *(master.grad for master in masters)])
+    assert all(cases.error(a.float(), b.float()) < 1e-2 for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("n_experts", [4, 20])
+def test_a_backward_inside_autocast_stays_exact(cases, op, n_experts):
+    case = cases.make(
+        op, n_tokens=90, n_groups=1 if op == "feedforward" else 2, n_experts=n_experts, routing="one"
+    )
+    results = []
+    for inside in (False, True):
+        leaves = cases.leaves(case.operands, dtype=torch.float32)
+        with mk.use_backend("bmm"):
+            out = case.run(leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out.sum().backward()
+        results.append([leaf.grad for leaf in leaves.values() if leaf is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 class TestTileRows:
     @settings(max_examples=100, deadline=None)
     @given(counts=COUNTS)
@@ -117,10 +158,31 @@ class TestTileRows:
 
 
 class TestChoice:
-    @pytest.mark.parametrize(("per_thread", "expected"), [(1, "bmm"), (grouping.MOST_WORK + 1, "grouped_mm")])
-    def test_by_the_work_of_an_expert(self, monkeypatch: pytest.MonkeyPatch, per_thread, expected) -> None:
-        monkeypatch.setattr(grouping, "_n_threads", lambda: 6)
-        assert mk.resolve(torch.empty(1), 6 * per_thread) == expected
+    @pytest.fixture(autouse=True)
+    def six_threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(6)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.mark.parametrize(
+        ("rows", "elements", "expected"),
+        [
+            (16, 4096, "bmm"),
+            (15, 4096, "grouped_mm"),
+            (1536, 4096, "bmm"),
+            (1537, 4096, "grouped_mm"),
+            (16, 2**16, "bmm"),
+            (16, 2**16 + 1, "grouped_mm"),
+        ],
+    )
+    def test_by_rows_and_matrices(self, rows: int, elements: int, expected: str) -> None:
+        assert mk.resolve(torch.empty(1), (rows, elements)) == expected
+
+    @pytest.mark.parametrize(("n_threads", "expected"), [(3, "grouped_mm"), (4, "bmm")])
+    def test_by_threads(self, n_threads: int, expected: str) -> None:
+        torch.set_num_threads(n_threads)
+        assert mk.resolve(torch.empty(1), (16, 16)) == expected
 
     def test_unknown_work(self) -> None:
         assert mk.resolve(torch.empty(1)) == "grouped_mm"
@@ -129,9 +191,24 @@ class TestChoice:
         ("dtype", "expected"), [(torch.bfloat16, "grouped_mm"), (torch.float64, "torch")]
     )
     def test_by_dtype(self, dtype: torch.dtype, expected: str) -> None:
-        assert mk.resolve(torch.empty(1, dtype=dtype), 1) == expected
+        assert mk.resolve(torch.empty(1, dtype=dtype), (16, 16)) == expected
         with mk.use_backend("bmm"):
-            assert mk.resolve(torch.empty(1, dtype=dtype), 1) == expected
+            assert mk.resolve(torch.empty(1, dtype=dtype), (16, 16)) == expected
+
+    def test_exported_programs_take_any_number_of_rows(self, cases) -> None:
+        case = cases.make("feedforward", n_tokens=64, d_in=8, d_hidden=4, d_out=8)
+        o = {name: None if value is None else value.float() for name, value in case.operands.items()}
+
+        class Layer(torch.nn.Module):
+            def forward(self, x, index, gate):
+                return mk.expert_feedforward(x, o["w_up"], o["w_down"], mk.plan(index, 5), gate)
+
+        example = (o["x"], case.index, o["gate"])
+        assert mk.resolve(o["x"], (64 * 2 // 5, 32)) == "bmm"
+        n = torch.export.Dim("n", min=2)
+        program = torch.export.export(Layer(), example, dynamic_shapes=({0: n},) * 3).module()
+        few = tuple(tensor[:7] for tensor in example)
+        assert cases.error(program(*few), Layer()(*few)) < 1e-6
 
     @pytest.mark.parametrize("op", ["split", "merge"])
     @pytest.mark.parametrize(("n_experts", "expected"), [(8, True), (9, False)])

@@ -293,5 +293,21 @@ def test_the_chosen_backend_decides_what_is_kept() -> None:
     assert kept < plain, "where Triton trains, norms read the copy of the stream that products keep"
 
 
+def test_batched_products_are_what_a_cpu_keeps_at_most() -> None:
+    """With many threads steps of few sequences take them, those of many do not; a GPU never does."""
+    spec = load_spec("moeut_tiny")
+
+    def kept(backend: str, device_type: str = "cpu", n_threads: int = 1) -> int:
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        with mk.use_backend(backend):
+            found = trace_kept(spec, 64, "fp32", device_type=device_type).per_sequence
+        torch.set_num_threads(before)
+        return found
+
+    assert kept("auto") == kept("grouped_mm") < kept("bmm") == kept("auto", n_threads=4)
+    assert kept("bmm", "cuda") == kept("grouped_mm", "cuda")
+
+
 def test_the_peak_without_known_gradients_is_that_of_the_activations() -> None:
     assert Activations(fixed=7, per_sequence=3).peak(2) == 13

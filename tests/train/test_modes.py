@@ -23,16 +23,29 @@ def faults(rounds):
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+def small_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(4 * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+cpu = torch.device("cpu")
 outside = faults(1)
-with kept_memory(torch.device("cpu")):
+with kept_memory(cpu):
     faults(2)
     inside = faults(8)
-print(outside, inside, faults(1))
+    with kept_memory(cpu):
+        pass
+    nested = faults(8)
+behind = faults(1)
+small_faults()
+print(outside, inside, nested, behind, small_faults())
 """
 
 
 def faults(**environment: str) -> list[int]:
-    """Pages faulted by a round of tensors outside, by eight rounds inside, and by a round behind it."""
+    """Pages faulted by a round of tensors outside, by eight inside, by eight more behind a nested block, by one behind it
+    all, and by forty small tensors there."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     result = subprocess.run(
         [sys.executable, "-c", FAULTS], env=plain | environment, capture_output=True, text=True, check=True
@@ -43,15 +56,17 @@ def faults(**environment: str) -> list[int]:
 @pytest.mark.skipif(not _has_glibc(), reason="another C library's allocator is left alone")
 class TestKeptMemory:
     def test_freed_memory_serves_again_inside_only(self) -> None:
-        outside, inside, behind = faults()
+        outside, inside, nested, behind, small = faults()
         assert inside < outside
+        assert nested < outside
         assert behind > outside * 0.9
+        assert small < outside // 10, "what the allocator kept of itself before, it keeps again"
 
     @pytest.mark.parametrize(
         ("name", "value"), [("MALLOC_ARENA_MAX", "4"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")]
     )
     def test_an_allocator_that_the_environment_sets_up_stays(self, name: str, value: str) -> None:
-        outside, inside, _ = faults(**{name: value})
+        outside, inside, *_ = faults(**{name: value})
         assert inside > 7 * outside
 
 

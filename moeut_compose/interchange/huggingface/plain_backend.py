@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from moeut_kernels.grouping import suited
 from torch import Tensor
 
 
-def resolve(x: Tensor, work: int | None = None) -> str:
-    """What suits a call with `x`, whose experts have so many multiply-adds."""
-    return suited(x, work)
+def resolve(x: Tensor, each: tuple[int, int] | None = None) -> str:
+    """Grouped products where PyTorch has them for the dtype, one product per expert elsewhere."""
+    return "torch" if x.dtype.itemsize == 8 else "grouped_mm"
