@@ -65,3 +65,8 @@ def copy_for(weight: Tensor, cast: Tensor | None, dtype: torch.dtype, name: str)
 def widen(x: Tensor, width: int) -> Tensor:
     """Zero columns behind those of `x` [..., D] up to `width`, as its padded weight has zero rows."""
     return x if torch.jit.is_tracing() or x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def of_master(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a copy [E, D', F'] as that of its master [E, D, F], whose sides may be shorter."""
+    return gradient[:, : weight.shape[1], : weight.shape[2]].to(weight.dtype).contiguous()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moeut_kernels import activation as activations
 from moeut_kernels import reference
 from moeut_kernels.backend import resolve
-from moeut_kernels.casting import compute_dtype, copy_for, widen
+from moeut_kernels.casting import compute_dtype, copy_for, of_master, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
 from moeut_kernels.grouping import in_order
 from moeut_kernels.norm import Shares, ShareShape
@@ -255,8 +255,7 @@ def _backward(
     hidden = activations.apply(activation, pre) if activation != "relu" else pre
     needs_z = want_x or want_up or want_b_up or hand_in
     if want_down:
-        d_down = order.outer(hidden * gate_rows, d_rows).to(w_down.dtype)
-        d_down = d_down[:, : w_down.shape[1], : w_down.shape[2]].contiguous()
+        d_down = of_master(order.outer(hidden * gate_rows, d_rows), w_down)
     if want_gate or needs_z:
         back = order.multiply(d_rows, down.transpose(1, 2))
     if want_gate:
@@ -270,8 +269,7 @@ def _backward(
         d_x = order.multiply(d_z, up.transpose(1, 2))
         d_x = reference.gather_sum(d_x, order.position.view(gates.shape)) if sum_x else order.packed(d_x)
     if want_up:
-        d_up = order.outer(x.index_select(0, tokens), d_z).to(w_up.dtype)
-        d_up = d_up[:, : w_up.shape[1], : w_up.shape[2]].contiguous()
+        d_up = of_master(order.outer(x.index_select(0, tokens), d_z), w_up)
     if want_b_up:
         d_b_up = reference.segment_sum(order.packed(d_z), offsets).to(b_up.dtype)
     if want_b_down:

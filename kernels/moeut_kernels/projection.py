@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moeut_kernels import all_experts, reference
 from moeut_kernels.backend import resolve
-from moeut_kernels.casting import compute_dtype, copy_for, widen
+from moeut_kernels.casting import compute_dtype, copy_for, of_master, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
 from moeut_kernels.grouping import in_order
 from moeut_kernels.norm import Shares, ShareShape
@@ -219,7 +219,7 @@ def _backward(
             merge, grad, x, matrix, gate, bias, index, kept, wants
         )
         if wants[1]:
-            d_weight = _of_master(d_weight, weight)
+            d_weight = of_master(d_weight, weight)
         return d_x, d_weight, d_gate, d_bias, grad.new_empty(0)
     order = in_order(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index)
@@ -249,7 +249,7 @@ def _backward(
     if gate_rows is not None:
         (rows if merge else d_rows).mul_(gate_rows)
     if want_weight:
-        d_weight = _of_master(order.outer(rows, d_rows), weight)
+        d_weight = of_master(order.outer(rows, d_rows), weight)
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
         dense = reference.gate_matrix(
@@ -258,11 +258,6 @@ def _backward(
         d_bias = (dense.t() @ flat).to(bias.dtype)
     ordered = order.packed(rows if merge else d_rows) if hand_in else grad.new_empty(0)
     return d_x, d_weight, d_gate, d_bias, ordered
-
-
-def _of_master(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a copy as that of its master, whose sides may be shorter."""
-    return gradient[:, : weight.shape[1], : weight.shape[2]].to(weight.dtype).contiguous()
 
 
 def _register(name: str, merge: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import moeut_kernels as mk
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeut_kernels import all_experts, grouping
 
@@ -50,32 +50,6 @@ def test_what_passes_between_passes_is_in_expert_order(counts: list[int], rows: 
     spread = tiles.spread(ordered)
     assert torch.equal(tiles.packed(spread), ordered)
     assert torch.equal(spread[tiles.is_slot.flatten()].sort(0)[0], ordered.sort(0)[0])
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), op=st.sampled_from(OPS), routing=st.sampled_from(["random", "one", "few"]))
-def test_drawn_shapes(cases, nan_filled_empty, data, op, routing):
-    def size(low, high):
-        return data.draw(st.integers(low, high))
-
-    n_experts = size(1, 30)
-    case = cases.make(
-        op,
-        n_tokens=size(0, 60),
-        n_groups=1 if op == "feedforward" else size(1, 3),
-        top_k=size(1, min(3, n_experts)),
-        n_experts=n_experts,
-        d_in=size(1, 17),
-        d_hidden=size(1, 9),
-        d_out=size(1, 17),
-        activation=data.draw(st.sampled_from(mk.ACTIVATIONS)),
-        biased=data.draw(st.booleans()),
-        gated=op == "feedforward" or data.draw(st.booleans()),
-        routing=routing,
-        seed=size(0, 999),
-    )
-    with mk.use_backend("bmm"):
-        cases.compare(case, dtype=torch.float32, bound=1e-5)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -78,18 +78,21 @@ def test_non_contiguous_operands(cases, op):
     cases.compare(case, dtype=torch.float32, bound=1e-5, leaves=strided)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), op=st.sampled_from(OPS))
-def test_drawn_shapes(cases, data, op):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "bound"), [("torch", torch.float64, 1e-10), ("bmm", torch.float32, 1e-5)]
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), op=st.sampled_from(OPS), routing=st.sampled_from(["random", "one", "few"]))
+def test_drawn_shapes(cases, nan_filled_empty, backend, dtype, bound, data, op, routing):
     def size(low, high):
         return data.draw(st.integers(low, high))
 
-    n_experts = size(1, 9)
+    n_experts = size(1, 30)
     case = cases.make(
         op,
-        n_tokens=size(0, 20),
+        n_tokens=size(0, 60),
         n_groups=1 if op == "feedforward" else size(1, 4),
-        top_k=size(1, n_experts),
+        top_k=size(1, min(9, n_experts)),
         n_experts=n_experts,
         d_in=size(1, 17),
         d_hidden=size(1, 9),
@@ -97,9 +100,11 @@ def test_drawn_shapes(cases, data, op):
         activation=data.draw(st.sampled_from(mk.ACTIVATIONS)),
         biased=data.draw(st.booleans()),
         gated=op == "feedforward" or data.draw(st.booleans()),
+        routing=routing,
         seed=size(0, 999),
     )
-    cases.compare(case, dtype=torch.float64, bound=1e-10)
+    with mk.use_backend(backend):
+        cases.compare(case, dtype=dtype, bound=bound)
 
 
 @pytest.mark.parametrize("op", OPS)
