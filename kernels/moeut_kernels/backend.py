@@ -9,12 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
-
-from moeut_kernels.grouping import suited, takes_batches
 
 BACKENDS = ("auto", "triton", "grouped_mm", "bmm", "torch")
 VARIABLE = "MOEUT_COMPOSE_BACKEND"
+
+LEAST_THREADS = 4
+"""Batched products are worth while from so many threads on: fewer hardly wait for one another."""
+
+MOST_WORK = 2**20
+"""They are up to so many multiply-adds of an average expert on each thread."""
+
+LEAST_ROWS, MOST_ELEMENTS = 16, 2**16
+"""And from so many rows of an average expert on, up to matrices of such a size: they may have to be copied, which must
+cost less than starting a product."""
 
 _override: str | None = None
 
@@ -55,16 +64,31 @@ def resolve(x: Tensor, each: tuple[int, int] | None = None) -> str:
     """The backend that a call with `x` runs on: "triton", "grouped_mm", "bmm" or "torch".
 
     each: rows and matrix elements of an average expert, where the call multiplies. "auto" takes Triton on CUDA in
-    float32, bfloat16 and float16, and elsewhere what suits best of PyTorch's products, see `grouping.suited`. "bmm"
-    stands for "grouped_mm" but in float32 on a CPU. "torch" is the definition: one matrix product per expert. float64
-    always takes it.
+    float32, bfloat16 and float16, and elsewhere PyTorch's grouped matmul, or its batched one where experts have too
+    little to do for the threads of this process. "bmm" stands for "grouped_mm" but in float32 on a CPU. "torch" is the
+    definition: one matrix product per expert. float64 always takes it.
     """
     requested = backend()
-    if requested == "auto":
-        on_triton = x.device.type == "cuda" and TRITON_IS_INSTALLED
-        requested = "triton" if on_triton else suited(x, each)
+    batches = x.device.type == "cpu" and x.dtype == torch.float32
+    if requested == "auto" and x.device.type == "cuda" and TRITON_IS_INSTALLED:
+        requested = "triton"
+    if requested == "auto" and batches and each is not None and _batches_pay(*each):
+        requested = "bmm"
+    if requested == "auto" or (requested == "bmm" and not batches):
+        requested = "grouped_mm"
     if requested == "triton" and not x.dtype.is_floating_point:
         return requested
-    if requested == "bmm" and not takes_batches(x):
-        requested = "grouped_mm"
     return "torch" if x.dtype.itemsize == 8 else requested
+
+
+@torch.compiler.assume_constant_result
+def n_threads() -> int:
+    """Threads of an operation in this process."""
+    return torch.get_num_threads()
+
+
+def _batches_pay(rows: int, elements: int) -> bool:
+    """Not in a program that is traced or exported: it is for other numbers of rows, too."""
+    if n_threads() < LEAST_THREADS or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return rows >= LEAST_ROWS and elements <= MOST_ELEMENTS and rows * elements <= MOST_WORK * n_threads()

@@ -17,7 +17,7 @@ from moeut_kernels import reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, of_master, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
-from moeut_kernels.grouping import in_order
+from moeut_kernels.layout import lay_out
 from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan
 
@@ -185,14 +185,14 @@ def _forward(
             x, up, down, gate, b_up, b_down, routing, activation, save, residual
         )
     index, slots, position, offsets, _ = routing
-    order = in_order(slots, position, offsets, backend)
-    z = order.multiply(x.index_select(0, order.slots // index.shape[2]), up.contiguous())
+    layout = lay_out(slots, position, offsets, backend)
+    z = layout.multiply(x.index_select(0, layout.slots // index.shape[2]), up.contiguous())
     if b_up is not None:
-        z += b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, order.slots).int())
+        z += b_up.to(z.dtype).index_select(0, index.reshape(-1).index_select(0, layout.slots).int())
     hidden = activations.apply(activation, z)
-    products = order.multiply(hidden, down.contiguous())
+    products = layout.multiply(hidden, down.contiguous())
     gates = gate.reshape(index.shape[0], index.shape[2])
-    out = reference.gather_sum(products, order.position.view(gates.shape), gates)
+    out = reference.gather_sum(products, layout.position.view(gates.shape), gates)
     if b_down is not None:
         out += reference.gather_sum(b_down.to(out.dtype), index.reshape(gates.shape), gates)
     if residual is not None:
@@ -200,8 +200,8 @@ def _forward(
     keeps_hidden, keeps_pre = save and activation == "relu", save and activation != "relu"
     return (
         out,
-        order.packed(hidden) if keeps_hidden else x.new_empty(0),
-        order.packed(z) if keeps_pre else x.new_empty(0),
+        layout.packed(hidden) if keeps_hidden else x.new_empty(0),
+        layout.packed(z) if keeps_pre else x.new_empty(0),
     )
 
 
@@ -243,40 +243,40 @@ def _backward(
     index, slots, position, offsets, _ = routing
     want_x, want_up, want_down, want_gate, want_b_up, want_b_down = wants
     d_x, d_up, d_down, d_gate, d_b_up, d_b_down = (grad.new_empty(0) for _ in wants)
-    order = in_order(slots, position, offsets, backend)
-    tokens = order.slots // index.shape[2]
+    layout = lay_out(slots, position, offsets, backend)
+    tokens = layout.slots // index.shape[2]
     gates, choices = (
         gate.reshape(index.shape[0], index.shape[2]),
         index.reshape(index.shape[0], index.shape[2]),
     )
-    gate_rows = order.gates(gate).to(grad.dtype)
+    gate_rows = layout.gates(gate).to(grad.dtype)
     d_rows = grad.index_select(0, tokens)
-    pre = order.spread(hidden if activation == "relu" else pre)
-    hidden = activations.apply(activation, pre) if activation != "relu" else pre
+    pre = layout.spread(hidden if activation == "relu" else pre)
+    hidden = pre if activation == "relu" else activations.apply(activation, pre)
     needs_z = want_x or want_up or want_b_up or hand_in
     if want_down:
-        d_down = of_master(order.outer(hidden * gate_rows, d_rows), w_down)
+        d_down = of_master(layout.outer(hidden * gate_rows, d_rows), w_down)
     if want_gate or needs_z:
-        back = order.multiply(d_rows, down.transpose(1, 2))
+        back = layout.multiply(d_rows, down.transpose(1, 2))
     if want_gate:
-        dots = (hidden * back).sum(1).index_select(0, order.position).view(gate.shape)
+        dots = (hidden * back).sum(1).index_select(0, layout.position).view(gate.shape)
         if b_down is not None:
             dots += (grad @ b_down.to(grad.dtype).t()).gather(1, choices.long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
     if needs_z:
         d_z = activations.backward(activation, pre, back.mul_(gate_rows))
     if want_x:
-        d_x = order.multiply(d_z, up.transpose(1, 2))
-        d_x = reference.gather_sum(d_x, order.position.view(gates.shape)) if sum_x else order.packed(d_x)
+        d_x = layout.multiply(d_z, up.transpose(1, 2))
+        d_x = reference.gather_sum(d_x, layout.position.view(gates.shape)) if sum_x else layout.packed(d_x)
     if want_up:
-        d_up = of_master(order.outer(x.index_select(0, tokens), d_z), w_up)
+        d_up = of_master(layout.outer(x.index_select(0, tokens), d_z), w_up)
     if want_b_up:
-        d_b_up = reference.segment_sum(order.packed(d_z), offsets).to(b_up.dtype)
+        d_b_up = reference.segment_sum(layout.packed(d_z), offsets).to(b_up.dtype)
     if want_b_down:
         dense = reference.gate_matrix(gates, choices, w_down.shape[0]).to(grad.dtype)
         d_b_down = (dense.t() @ grad).to(b_down.dtype)
     if hand_in:
-        message = order.packed(d_z), order.packed(hidden * gate_rows)
+        message = layout.packed(d_z), layout.packed(hidden * gate_rows)
     else:
         message = grad.new_empty(0), grad.new_empty(0)
     return d_x, d_up, d_down, d_gate, d_b_up, d_b_down, *message

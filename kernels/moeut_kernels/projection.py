@@ -18,7 +18,7 @@ from moeut_kernels import all_experts, reference
 from moeut_kernels.backend import resolve
 from moeut_kernels.casting import compute_dtype, copy_for, of_master, widen
 from moeut_kernels.deferral import Ticket, as_message, defer
-from moeut_kernels.grouping import in_order
+from moeut_kernels.layout import lay_out
 from moeut_kernels.norm import Shares, ShareShape
 from moeut_kernels.plan import Plan, slots_per_row
 
@@ -173,16 +173,16 @@ def _forward(
     if backend == "all_experts":
         out, products = all_experts.forward(merge, x, matrix, gate, bias, index)
         return out, products if save and not merge else x.new_empty(0)
-    order = in_order(slots, position, offsets, backend)
+    layout = lay_out(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index, apart=not summed)
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, order.slots // per_input)
-    products = order.multiply(rows, matrix.contiguous())
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, layout.slots // per_input)
+    products = layout.multiply(rows, matrix.contiguous())
     if bias is not None:
-        expert = index.reshape(-1).index_select(0, order.slots).int()
+        expert = index.reshape(-1).index_select(0, layout.slots).int()
         products += bias.to(products.dtype).index_select(0, expert)
     gates = None if gate is None else gate.reshape(-1, per_output)
-    out = reference.gather_sum(products, order.position.view(-1, per_output), gates)
-    kept = order.packed(products) if save and not merge else products.new_empty(0)
+    out = reference.gather_sum(products, layout.position.view(-1, per_output), gates)
+    kept = layout.packed(products) if save and not merge else products.new_empty(0)
     return out if merge and summed else out.view(index.shape[0], index.shape[1], matrix.shape[2]), kept
 
 
@@ -221,42 +221,42 @@ def _backward(
         if wants[1]:
             d_weight = of_master(d_weight, weight)
         return d_x, d_weight, d_gate, d_bias, grad.new_empty(0)
-    order = in_order(slots, position, offsets, backend)
+    layout = lay_out(slots, position, offsets, backend)
     per_input, per_output = slots_per_row(merge, index)
     want_x, want_weight, want_gate, want_bias = wants
     d_x, d_weight, d_gate, d_bias = (grad.new_empty(0) for _ in wants)
     flat = grad.reshape(-1, grad.shape[-1])
-    d_rows = flat.index_select(0, order.slots // per_output)
+    d_rows = flat.index_select(0, layout.slots // per_output)
     needs_back = want_x or (want_gate and merge)
     needs_rows = want_weight or hand_in or (want_gate and merge)
     if needs_back:
-        back = order.multiply(d_rows, matrix.transpose(1, 2))
+        back = layout.multiply(d_rows, matrix.transpose(1, 2))
     if needs_rows:
-        rows = x.reshape(-1, x.shape[-1]).index_select(0, order.slots // per_input)
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, layout.slots // per_input)
     if want_x:
         terms, _ = slots_per_row(merge, index, apart=not sum_x)
         gates = None if gate is None else gate.reshape(-1, terms)
-        d_x = reference.gather_sum(back, order.position.view(-1, terms), gates)
+        d_x = reference.gather_sum(back, layout.position.view(-1, terms), gates)
         d_x = d_x.view(x.shape) if sum_x else d_x
     if want_gate:
-        dots = (rows * back if merge else order.spread(kept) * d_rows).sum(1)
-        dots = dots.index_select(0, order.position).view(gate.shape)
+        dots = (rows * back if merge else layout.spread(kept) * d_rows).sum(1)
+        dots = dots.index_select(0, layout.position).view(gate.shape)
         if merge and bias is not None:
             scores = flat @ bias.to(flat.dtype).t()
             dots += scores.gather(1, index.reshape(-1, per_output).long()).view(gate.shape)
         d_gate = dots.to(gate.dtype)
-    gate_rows = order.gates(gate) if want_weight or hand_in else None
+    gate_rows = layout.gates(gate) if want_weight or hand_in else None
     if gate_rows is not None:
         (rows if merge else d_rows).mul_(gate_rows)
     if want_weight:
-        d_weight = of_master(order.outer(rows, d_rows), weight)
+        d_weight = of_master(layout.outer(rows, d_rows), weight)
     if want_bias:
         gates = torch.ones_like(index, dtype=flat.dtype) if gate is None else gate.to(flat.dtype)
         dense = reference.gate_matrix(
             gates.reshape(-1, per_output), index.reshape(-1, per_output), weight.shape[0]
         )
         d_bias = (dense.t() @ flat).to(bias.dtype)
-    ordered = order.packed(rows if merge else d_rows) if hand_in else grad.new_empty(0)
+    ordered = layout.packed(rows if merge else d_rows) if hand_in else grad.new_empty(0)
     return d_x, d_weight, d_gate, d_bias, ordered
 
 

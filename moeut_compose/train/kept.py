@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import moeut_kernels
 import torch
-from moeut_kernels.grouping import has_many_threads
+from moeut_kernels.backend import LEAST_THREADS, n_threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -185,7 +185,7 @@ def _run(
     backend = moeut_kernels.backend()
     if device_type == "cuda":  # the fake tensors of the trace lie on the CPU
         backend = {"auto": "triton", "bmm": "grouped_mm"}.get(backend, backend)
-    elif backend == "auto" and has_many_threads():
+    elif backend == "auto" and n_threads() >= LEAST_THREADS:
         backend = "bmm"  # what steps of few sequences take, and what keeps most
     with FakeTensorMode(), moeut_kernels.use_backend(backend):
         weights = {

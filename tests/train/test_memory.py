@@ -300,10 +300,11 @@ def test_batched_products_are_what_a_cpu_keeps_at_most() -> None:
     def kept(backend: str, device_type: str = "cpu", n_threads: int = 1) -> int:
         before = torch.get_num_threads()
         torch.set_num_threads(n_threads)
-        with mk.use_backend(backend):
-            found = trace_kept(spec, 64, "fp32", device_type=device_type).per_sequence
-        torch.set_num_threads(before)
-        return found
+        try:
+            with mk.use_backend(backend):
+                return trace_kept(spec, 64, "fp32", device_type=device_type).per_sequence
+        finally:
+            torch.set_num_threads(before)
 
     assert kept("auto") == kept("grouped_mm") < kept("bmm") == kept("auto", n_threads=4)
     assert kept("bmm", "cuda") == kept("grouped_mm", "cuda")

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeut_kernels import all_experts, grouping
+from moeut_kernels import all_experts, layout
 
 from tests.kernels.op_names import OPS
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
 
-def tiles_of(counts: list[int], rows: int) -> tuple[grouping.Tiles, torch.Tensor]:
+def tiles_of(counts: list[int], rows: int) -> tuple[layout.Tiles, torch.Tensor]:
     """Tiles for experts with so many slots, in an order that was drawn, and the expert of every slot."""
     expert = torch.repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
     plan = mk.plan(expert.view(-1, 1, 1), len(counts))
-    return grouping.Tiles(plan.slots, plan.position, plan.offsets, rows), expert
+    return layout.Tiles(plan.slots, plan.position, plan.offsets, rows), expert
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,25 +110,25 @@ class TestTileRows:
     @settings(max_examples=100, deadline=None)
     @given(counts=COUNTS)
     def test_bounds(self, counts: list[int]) -> None:
-        rows = grouping._tile_rows(counts)
+        rows = layout._tile_rows(counts)
         if rows:
-            assert max(-(-count // rows) for count in counts) <= grouping.MOST_RANKS
-            assert rows * sum(-(-count // rows) for count in counts) <= grouping.MOST_FILLING * sum(counts)
+            assert max(-(-count // rows) for count in counts) <= layout.MOST_RANKS
+            assert rows * sum(-(-count // rows) for count in counts) <= layout.MOST_FILLING * sum(counts)
 
     def test_even_experts_have_a_tile_each(self) -> None:
-        assert grouping._tile_rows([40, 38, 40, 39]) == 40
+        assert layout._tile_rows([40, 38, 40, 39]) == 40
 
     def test_uneven_experts_have_several(self) -> None:
-        assert 10 <= grouping._tile_rows([80, 10, 10, 20]) <= 20
+        assert 10 <= layout._tile_rows([80, 10, 10, 20]) <= 20
 
     def test_an_expert_that_takes_most_leaves_expert_order(self) -> None:
         counts = [6400] + [1] * 95
-        assert grouping._tile_rows(counts) == 0
+        assert layout._tile_rows(counts) == 0
         tiles, _ = tiles_of([4, 1], 4)
         offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
-        order = grouping.in_order(tiles.slots, tiles.position, offsets, "bmm")
-        assert type(order) is grouping.Grouping
-        assert order.backend == "grouped_mm"
+        chosen = layout.lay_out(tiles.slots, tiles.position, offsets, "bmm")
+        assert type(chosen) is layout.Layout
+        assert chosen.backend == "grouped_mm"
 
 
 class TestChoice:

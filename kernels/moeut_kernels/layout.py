@@ -13,16 +13,6 @@ from torch import Tensor
 
 from moeut_kernels import reference
 
-LEAST_THREADS = 4
-"""Batched products are worth while from so many threads on: fewer hardly wait for one another."""
-
-MOST_WORK = 2**20
-"""They are up to so many multiply-adds of an average expert on each thread."""
-
-LEAST_ROWS, MOST_ELEMENTS = 16, 2**16
-"""And from so many rows of an average expert on, up to matrices of such a size: they may have to be copied, which must
-cost less than starting a product."""
-
 MOST_RANKS = 8
 """An expert has at most so many tiles."""
 
@@ -33,47 +23,16 @@ MOST_FILLING = 2.0
 """Tiles have at most so many times as many rows as there are slots; expert order takes over where they need more."""
 
 
-@torch.compiler.assume_constant_result
-def has_many_threads() -> bool:
-    """Whether this process has enough threads for batched products."""
-    return torch.get_num_threads() >= LEAST_THREADS
-
-
-@torch.compiler.assume_constant_result
-def _most_work() -> int:
-    return MOST_WORK * torch.get_num_threads()
-
-
-def takes_batches(x: Tensor) -> bool:
-    """Whether batched products are for rows like these: float32 on a CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def suited(x: Tensor, each: tuple[int, int] | None) -> str:
-    """The backend among PyTorch's that suits a call with `x`: "torch", "grouped_mm" or "bmm".
-
-    each: rows and matrix elements of an average expert; None: unknown. Batched products suit where these come to too
-    little for the threads of this process. A program that is traced or exported is for other sizes, too: it has none.
-    """
-    if x.dtype.itemsize == 8:
-        return "torch"
-    if each is None or not takes_batches(x) or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return "grouped_mm"
-    rows, elements = each
-    little = rows >= LEAST_ROWS and elements <= MOST_ELEMENTS and rows * elements <= _most_work()
-    return "bmm" if has_many_threads() and little else "grouped_mm"
-
-
-def in_order(slots: Tensor, position: Tensor, offsets: Tensor, backend: str) -> "Grouping":
-    """The layout in which `backend` multiplies rows of these slots; arguments as in `Plan`.
+def lay_out(slots: Tensor, position: Tensor, offsets: Tensor, backend: str) -> "Layout":
+    """The layout in which `backend` multiplies the rows of these slots; arguments as in `Plan`.
 
     That of "bmm" depends on how many slots each expert has, so a backward may see another one than its forward: what
     passes between them is `packed`.
     """
     if backend != "bmm":
-        return Grouping(slots, position, offsets, backend)
+        return Layout(slots, position, offsets, backend)
     rows = _tile_rows(offsets.diff().tolist())
-    return Tiles(slots, position, offsets, rows) if rows else Grouping(slots, position, offsets, "grouped_mm")
+    return Tiles(slots, position, offsets, rows) if rows else Layout(slots, position, offsets, "grouped_mm")
 
 
 def _tile_rows(counts: list[int]) -> int:
@@ -89,7 +48,7 @@ def _tile_rows(counts: list[int]) -> int:
     return best
 
 
-class Grouping:
+class Layout:
     """Rows in expert order, those of an expert side by side.
 
     slots: int32 [R], the slot of every row. position: [S], the row of every slot.
@@ -125,7 +84,7 @@ class Grouping:
         return rows
 
 
-class Tiles(Grouping):
+class Tiles(Layout):
     """Rows in tiles, each of one expert: first a tile of every expert that has a row, then of all that have more.
 
     Experts with most tiles come first, so a product takes as many matrices from the first on as there are tiles. An
@@ -137,27 +96,25 @@ class Tiles(Grouping):
         n_tiles = (offsets.diff() + (tile_rows - 1)) // tile_rows
         order = n_tiles.argsort(descending=True, stable=True)
         n_ranks = int(n_tiles[order[0]])
-        ranks = torch.arange(n_ranks, device=slots.device)
+        ranks = torch.arange(n_ranks)
         self.widths: list[int] = (n_tiles > ranks.unsqueeze(1)).sum(1).tolist()
         order = order[: self.widths[0]]
         self.experts = None if n_ranks == 1 and order.shape[0] == n_tiles.shape[0] else order
 
         of_tile = torch.cat([order[:width] for width in self.widths])
-        rank = ranks.repeat_interleave(
-            torch.tensor(self.widths, device=slots.device), output_size=of_tile.shape[0]
-        )
+        rank = ranks.repeat_interleave(torch.tensor(self.widths))
         starts = offsets.index_select(0, of_tile) + rank * tile_rows
         ends = offsets[1:].index_select(0, of_tile)
-        ordered = starts.unsqueeze(1) + torch.arange(tile_rows, device=slots.device)
+        ordered = starts.unsqueeze(1) + torch.arange(tile_rows)
         self.is_slot = (ordered < ends.unsqueeze(1)).view(-1, 1)
         self.source = torch.minimum(ordered, ends.unsqueeze(1) - 1).view(-1)
 
-        first_rows = torch.arange(0, ordered.numel(), tile_rows, device=slots.device)
+        first_rows = torch.arange(0, ordered.numel(), tile_rows)
         by_start = starts.argsort()
         shift, lengths = (first_rows - starts)[by_start], (ends - starts).clamp_(max=tile_rows)[by_start]
         n_slots = slots.shape[0]
         self.place = shift.repeat_interleave(lengths, output_size=n_slots)
-        self.place += torch.arange(n_slots, device=slots.device)
+        self.place += torch.arange(n_slots)
         super().__init__(
             slots.index_select(0, self.source), self.place.index_select(0, position), offsets, "bmm"
         )
